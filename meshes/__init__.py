@@ -5,4 +5,12 @@ from meshes.plan import ParallelPlan, PlanError, presets
 from meshes.rules import Rules
 from meshes.topology import make_mesh
 
-__all__ = ["LOGICAL_AXES", "MESH_AXES", "ParallelPlan", "PlanError", "Rules", "make_mesh", "presets"]
+__all__ = [
+    "LOGICAL_AXES",
+    "MESH_AXES",
+    "ParallelPlan",
+    "PlanError",
+    "Rules",
+    "make_mesh",
+    "presets",
+]

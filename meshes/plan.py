@@ -92,7 +92,9 @@ class ParallelPlan:
                 f"The plan {str(path)!r} is neither a YAML file nor a preset ({', '.join(presets())})."
             ) from None
         except UnicodeDecodeError:
-            raise PlanError(f"The plan {str(path)!r} is not UTF-8 text: give a YAML file.") from None
+            raise PlanError(
+                f"The plan {str(path)!r} is not UTF-8 text: give a YAML file."
+            ) from None
         try:
             content = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -105,4 +107,6 @@ class ParallelPlan:
 def presets() -> list[str]:
     """Names of the plans that ship with the package."""
     folder = resources.files("meshes") / "presets"
-    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )

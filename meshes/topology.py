@@ -24,8 +24,10 @@ def make_mesh(plan: ParallelPlan, devices: Sequence[jax.Device] | None = None) -
     needed, found = plan.num_devices, len(devices)
     processes = len({device.process_index for device in devices})
     if needed > found:
-        hint = " On CPU, virtual devices can be made: --virtual-devices N, or " \
+        hint = (
+            " On CPU, virtual devices can be made: --virtual-devices N, or "
             "jax.config.update('jax_num_cpu_devices', N) before the first use of JAX."
+        )
         raise PlanError(
             f"The plan ({plan}) needs {needed} devices, and {found} {devices[0].platform} "
             f"device{'s are' if found > 1 else ' is'} here. Use smaller sizes whose product is at most {found}."

@@ -1,0 +1,390 @@
+"""Configuration of models, engine and sampling: the only validation of user input."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import jax.numpy as jnp
+
+
+class ConfigError(ValueError):
+    """A value that a user gave and that cannot be honoured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding; frequencies are computed in `llmjax/layers/rope.py`."""
+
+    theta: float = 10000.0
+    """Base of the geometric series of wavelengths."""
+    kind: str = "default"
+    """Scaling rule: default, linear, dynamic, llama3, yarn or longrope."""
+    factor: float = 1.0
+    """How many times longer than the original context."""
+    original_max_position_embeddings: int | None = None
+    """Context length before scaling."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths longer than original / low_freq_factor are divided by `factor`."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths shorter than original / high_freq_factor stay."""
+    beta_fast: float = 32.0
+    """yarn: rotations above which a frequency stays."""
+    beta_slow: float = 1.0
+    """yarn: rotations below which a frequency is divided by `factor`."""
+    attention_factor: float | None = None
+    """yarn and longrope: factor on cosine and sine; None derives it."""
+    mscale: float | None = None
+    """yarn of DeepSeek: numerator of the attention factor."""
+    mscale_all_dim: float | None = None
+    """yarn of DeepSeek: denominator of the attention factor."""
+    truncate: bool = True
+    """yarn: round the bounds of the ramp to whole frequencies."""
+    short_factor: tuple[float, ...] = ()
+    """longrope: divisors of each frequency within the original context."""
+    long_factor: tuple[float, ...] = ()
+    """longrope: divisors of each frequency beyond it."""
+    partial_rotary_factor: float = 1.0
+    """Share of the head's features that is rotated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a decoder, in this project's words; each family fills it from `config.json`."""
+
+    architecture: str
+    """Name under which Hugging Face knows it, such as LlamaForCausalLM."""
+    vocab_size: int
+    """Rows of the embedding."""
+    hidden_size: int
+    """Features of the residual stream."""
+    num_layers: int
+    """Decoder layers."""
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Key/value heads."""
+    head_dim: int
+    """Features of a head."""
+    intermediate_size: int
+    """Features of the dense feed-forward layer."""
+    max_position_embeddings: int
+    """Longest context, in tokens."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in RMS norms."""
+    rope: RopeConfig = RopeConfig()
+    """Rotary embedding."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections."""
+    output_bias: bool = False
+    """Bias on the attention's output projection."""
+    mlp_bias: bool = False
+    """Biases in the dense feed-forward layer."""
+    qk_norm: bool = False
+    """RMS norm over each query and key head before rope."""
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    """Gate of the feed-forward layer."""
+    tie_word_embeddings: bool = False
+    """The head is the embedding, transposed."""
+    windows: tuple[int, ...] = ()
+    """Sliding window of each layer in tokens, 0 for full attention; empty: full everywhere."""
+    dtype: str = "float32"
+    """Type in which the checkpoint is stored."""
+
+    def __post_init__(self) -> None:
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        ):
+            if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
+                raise ConfigError(
+                    f"config.json gives {key}={getattr(self, key)!r}: it must be a whole number from 1 up."
+                )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"config.json gives num_attention_heads={self.num_heads}, which num_key_value_heads="
+                f"{self.num_kv_heads} does not divide: each key/value head serves the same number of query heads."
+            )
+
+
+LogitsProcessor = Callable[[jnp.ndarray, jnp.ndarray, jnp.ndarray], jnp.ndarray]
+"""A JAX function (logits [vocab], generated counts [vocab], position) -> logits [vocab]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Options of the engine, in TensorRT-LLM's words; vLLM's words are accepted too (`ALIASES`).
+
+    Raises:
+        ConfigError: a value out of its range, with the range.
+    """
+
+    max_batch_size: int | None = None
+    """Running requests of each batch rank; None: 8 on CPU, 256 on a GPU."""
+    max_num_tokens: int | None = None
+    """Tokens of a step and batch rank, prefill and decode together; None: 512 on CPU, 8192 on a GPU."""
+    max_seq_len: int | None = None
+    """Prompt plus generated tokens; None: the model's context, or what the KV cache holds."""
+    tokens_per_block: int = 16
+    """Tokens of a page of the KV cache."""
+    enable_block_reuse: bool = True
+    """Share pages between requests with the same prefix."""
+    enable_chunked_prefill: bool = True
+    """Split prompts that are longer than the token budget of a step."""
+    free_gpu_memory_fraction: float = 0.9
+    """Share of the memory that weights and temporaries leave which the KV cache takes."""
+    kv_cache_max_tokens: int | None = None
+    """Tokens that the KV cache of a batch rank holds; None: by memory."""
+    disable_overlap_scheduler: bool = False
+    """Read the tokens of a step before the next one is dispatched."""
+    dtype: str | None = None
+    """Type of weights, activations and KV cache; None: float32 on CPU, the checkpoint's on a GPU."""
+    batch_buckets: tuple[int, ...] = ()
+    """Batch sizes a rank for which steps are compiled; empty: powers of four up to max_batch_size."""
+    token_buckets: tuple[int, ...] = ()
+    """Prefill tokens a rank for which steps are compiled; empty: derived from max_num_tokens."""
+    layer_loop: Literal["scan", "unroll"] | None = None
+    """How layers run; None: what measured faster on the backend."""
+    compile_cache: bool | str = True
+    """Keep compiled programs in the user's cache folder, in the named folder, or not at all."""
+    compiler_options: Mapping[str, Any] = field(default_factory=dict)
+    """XLA options of the step."""
+    max_logprobs: int = 20
+    """Most alternatives for which log-probabilities can be asked."""
+    logits_processors: Mapping[str, LogitsProcessor] = field(default_factory=dict)
+    """JAX functions that requests may name; they are compiled into the step."""
+    seed: int = 0
+    """Seeds requests that bring no seed of their own."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_batch_size", "max_num_tokens", "max_seq_len", "kv_cache_max_tokens"):
+            value = getattr(self, key)
+            if value is not None:
+                _check(
+                    _is_whole(value) and value >= 1, key, value, "a whole number from 1 up, or None"
+                )
+        _check(
+            _is_whole(self.tokens_per_block) and self.tokens_per_block >= 1,
+            "tokens_per_block",
+            self.tokens_per_block,
+            "a whole number from 1 up",
+        )
+        _check(
+            0 < self.free_gpu_memory_fraction <= 1,
+            "free_gpu_memory_fraction",
+            self.free_gpu_memory_fraction,
+            "a number above 0 and at most 1",
+        )
+        _check(
+            self.layer_loop in (None, "scan", "unroll"),
+            "layer_loop",
+            self.layer_loop,
+            '"scan", "unroll" or None',
+        )
+        _check(
+            _is_whole(self.max_logprobs) and self.max_logprobs >= 0,
+            "max_logprobs",
+            self.max_logprobs,
+            "a whole number from 0 up",
+        )
+        if self.dtype is not None:
+            _check(self.dtype in DTYPES, "dtype", self.dtype, ", ".join(DTYPES))
+        _check(
+            len(self.logits_processors) <= 31,
+            "logits_processors",
+            len(self.logits_processors),
+            "at most 31 functions",
+        )
+        for key in ("batch_buckets", "token_buckets"):
+            sizes = getattr(self, key)
+            _check(
+                all(_is_whole(size) and size >= 1 for size in sizes)
+                and list(sizes) == sorted(set(sizes)),
+                key,
+                sizes,
+                "rising whole numbers from 1 up",
+            )
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> Self:
+        """Builds the configuration from the words of TensorRT-LLM or vLLM; unknown words are refused."""
+        known = {entry.name for entry in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in keywords.items():
+            name = ALIASES.get(key, key)
+            if name not in known:
+                raise ConfigError(
+                    f"LLM() has no option {key!r}. Options: {', '.join(sorted(known | set(ALIASES)))}."
+                )
+            if name in values:
+                raise ConfigError(f"{key} and {name} are the same option: give one of them.")
+            values[name] = value
+        if "dtype" in values:
+            values["dtype"] = resolve_dtype_name(values["dtype"])
+        return cls(**values)
+
+
+ALIASES = {
+    "max_num_seqs": "max_batch_size",
+    "max_num_batched_tokens": "max_num_tokens",
+    "max_model_len": "max_seq_len",
+    "block_size": "tokens_per_block",
+    "enable_prefix_caching": "enable_block_reuse",
+    "kv_cache_free_gpu_memory_fraction": "free_gpu_memory_fraction",
+}
+"""Other names of engine options -> ours."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Types in which a model can run."""
+
+
+def resolve_dtype_name(dtype: Any) -> str | None:
+    """A name from `DTYPES` for a name, a NumPy or JAX type, or "auto" (None).
+
+    Raises:
+        ConfigError: another type, with the known ones.
+    """
+    if dtype is None or dtype == "auto":
+        return None
+    short = {
+        "fp32": "float32",
+        "bf16": "bfloat16",
+        "fp16": "float16",
+        "half": "float16",
+        "float": "float32",
+    }
+    try:
+        name = short.get(dtype, dtype) if isinstance(dtype, str) else jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    _check(name in DTYPES, "dtype", dtype, ", ".join(DTYPES) + ' or "auto"')
+    return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen and when generation ends, in vLLM's words.
+
+    Raises:
+        ConfigError: a value out of its range, with the range.
+    """
+
+    n: int = 1
+    """Completions of each prompt."""
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 or -1 keeps all."""
+    top_p: float = 1.0
+    """Keep the most likely tokens whose probabilities reach p together."""
+    min_p: float = 0.0
+    """Keep tokens at least this probable, relative to the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens of prompt and output."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of generated tokens."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time that a token was generated."""
+    seed: int | None = None
+    """Same seed, same tokens, whatever else is in the batch and whatever the plan."""
+    max_tokens: int | None = 16
+    """Most generated tokens; None: up to the context's end."""
+    min_tokens: int = 0
+    """Stop tokens are impossible before this many."""
+    stop: str | Sequence[str] = ()
+    """Texts that end generation."""
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end generation, besides the model's own."""
+    ignore_eos: bool = False
+    """Go on after the model's own stop tokens."""
+    include_stop_str_in_output: bool = False
+    """Leave the stop text at the end of the output."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    logprobs: int | None = None
+    """Return log-probabilities of this many alternatives with each token."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id -> number added to its logit."""
+    logits_processors: Sequence[str] = ()
+    """Names of functions that `LLM(logits_processors={name: function})` was given."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "top_k", 0 if self.top_k in (None, -1) else self.top_k)
+        ranges = {
+            "n": (_is_whole(self.n) and self.n >= 1, "a whole number from 1 up"),
+            "temperature": (_is_finite(self.temperature) and self.temperature >= 0, "a number from 0 up"),
+            "top_k": (_is_whole(self.top_k) and self.top_k >= 0, "a whole number from 1 up, or 0 to keep all"),
+            "top_p": (_is_finite(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1"),
+            "min_p": (_is_finite(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1"),
+            "repetition_penalty": (_is_finite(self.repetition_penalty) and self.repetition_penalty > 0,
+                                   "a number above 0"),
+            "presence_penalty": (_is_finite(self.presence_penalty) and abs(self.presence_penalty) <= 2,
+                                 "a number from -2 to 2"),
+            "frequency_penalty": (_is_finite(self.frequency_penalty) and abs(self.frequency_penalty) <= 2,
+                                  "a number from -2 to 2"),
+            "seed": (self.seed is None or (_is_whole(self.seed) and 0 <= self.seed < 2**63),
+                     "a whole number from 0 to 2**63 - 1, or None"),
+            "max_tokens": (self.max_tokens is None or (_is_whole(self.max_tokens) and self.max_tokens >= 1),
+                           "a whole number from 1 up, or None"),
+            "min_tokens": (_is_whole(self.min_tokens) and self.min_tokens >= 0, "a whole number from 0 up"),
+            "stop": (all(isinstance(text, str) and text for text in self.stop), "texts that are not empty"),
+            "stop_token_ids": (all(_is_whole(token) and token >= 0 for token in self.stop_token_ids),
+                               "token ids from 0 up"),
+            "logprobs": (self.logprobs is None or (_is_whole(self.logprobs) and self.logprobs >= 0),
+                         "a whole number from 0 up, or None"),
+            "prompt_logprobs": (
+                self.prompt_logprobs is None or (_is_whole(self.prompt_logprobs) and self.prompt_logprobs >= 0),
+                "a whole number from 0 up, or None"),
+            "logit_bias": (all(_is_whole(token) and token >= 0 and _is_number(bias)
+                               for token, bias in self.logit_bias.items()),
+                           "token ids from 0 up, each with a number"),
+        }  # fmt: skip
+        for key, (valid, range_text) in ranges.items():
+            _check(valid, key, getattr(self, key), range_text)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ConfigError(
+                f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: "
+                f"lower it to at most {self.max_tokens}."
+            )
+
+    @property
+    def needs_state(self) -> bool:
+        """Whether the sampler keeps counts, biases or stop tokens of the request on the device."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.min_tokens
+            or self.logit_bias
+            or self.logits_processors
+        )
+
+
+def _check(valid: bool, key: str, value: Any, range_text: str) -> None:
+    if not valid:
+        raise ConfigError(f"{key}={value!r} is out of range: use {range_text}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def _is_finite(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value)
+
+
+ModelPath = str | Path
+"""A folder, a GGUF file, a hub id or the name of the embedded model."""
