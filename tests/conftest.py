@@ -1,0 +1,40 @@
+"""How every test runs: 8 CPU devices, exact matmuls, cached programs, shapes and types checked."""
+
+import os
+
+# XLA sizes its thread pool from NPROC. A collective over 8 virtual devices needs 8 threads at once,
+# and on a machine with fewer cores it would wait for them for ever.
+os.environ["NPROC"] = "32"
+
+import hypothesis
+import jax
+import platformdirs
+import pytest
+from jaxtyping import install_import_hook
+
+# From here on, importing one of our packages checks the types and shapes of every call in it.
+install_import_hook(["llmjax", "meshes", "pallas_kernels"], "beartype.beartype")
+
+hypothesis.settings.register_profile(
+    "reproducible", derandomize=True, deadline=None, database=None, print_blob=True
+)
+hypothesis.settings.load_profile("reproducible")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The suite means the same on every machine: a GPU is used only by `pytest -m gpu`.
+    if config.option.markexpr != "gpu":
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    cache = platformdirs.user_cache_path("llmjax") / "test-programs"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if marked and jax.default_backend() != "gpu":
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: run `pytest -m gpu` on one"))
