@@ -1,0 +1,141 @@
+"""What each operation means, in plain XLA: the kernels are tested against these functions."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+QUERY_BLOCK = 64
+"""Queries of one row that are computed together."""
+KV_BLOCK = 256
+"""Cached positions that one round of the softmax reads."""
+
+
+def paged_attention(
+    q: Float[Array, "tokens heads d"],
+    k_pages: Float[Array, "layers pages page kv_heads d"],
+    v_pages: Float[Array, "layers pages page kv_heads dv"],
+    layer: Int[Array, ""] | int,
+    page_table: Int[Array, "rows width"],
+    query_start: Int[Array, "rows_plus_one"],
+    lengths: Int[Array, "rows"],
+    *,
+    scale: float,
+    max_query_length: int,
+    window: Int[Array, ""] | int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
+) -> tuple[Float[Array, "tokens heads dv"], Float[Array, "tokens heads"]]:
+    """Causal attention of ragged rows of queries over a paged cache, and its log-sum-exp.
+
+    Row r owns the queries `q[query_start[r]:query_start[r + 1]]`; the last of them stands at position
+    `lengths[r] - 1`, and the keys of all of them are in the pages already. A `window` of w sees the
+    last w positions, 0 or None all. Queries outside every row give 0, and -inf as log-sum-exp.
+
+    The softmax is taken online over blocks of `KV_BLOCK` positions (Milakov & Gimelshein, 2018), as
+    many as the longest row needs, so that short rows never pay for the width of the page table.
+    """
+    tokens, heads, d = q.shape
+    page, kv_heads, dv = k_pages.shape[2], k_pages.shape[3], v_pages.shape[4]
+    group = heads // kv_heads
+    row, token, position = _query_blocks(query_start, lengths, tokens, max_query_length)
+    queries = q.at[token].get(mode="fill", fill_value=0)
+    queries = queries.reshape(*token.shape, kv_heads, group, d)
+    pages_per_round = max(1, min(KV_BLOCK // page, page_table.shape[1]))
+    span = pages_per_round * page
+    row_pages, row_length = page_table[row], lengths[row]
+
+    def read(pages: Array, index: Array) -> Array:
+        column = index * pages_per_round + jnp.arange(pages_per_round)
+        ids = row_pages.at[:, column].get(mode="clip")
+        return pages[layer, ids].reshape(len(row), span, kv_heads, -1)
+
+    def one_round(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        highest, total, sums = carry
+        key_position = index * span + jnp.arange(span)
+        cached = key_position < row_length[:, None]
+        scores = jnp.einsum(
+            "bqhgd,bshd->bqhgs", queries, read(k_pages, index), preferred_element_type=jnp.float32
+        )
+        scores = scores * scale
+        if soft_cap is not None:
+            scores = soft_cap * jnp.tanh(scores / soft_cap)
+        visible = key_position <= position[..., None]
+        if window is not None:
+            visible &= (key_position > position[..., None] - window) | (jnp.asarray(window) == 0)
+        visible = (visible & cached[:, None])[:, :, None, None]
+        scores = jnp.where(visible, scores, -jnp.inf)
+        new_highest = jnp.maximum(highest, scores.max(-1))
+        # A block without a visible key keeps -inf; exp(-inf - -inf) would be NaN.
+        shift = jnp.where(jnp.isneginf(new_highest), 0.0, new_highest)
+        weights = jnp.exp(scores - shift[..., None])
+        keep = jnp.exp(highest - shift)
+        # Unwritten positions may hold anything, NaN included, which a zero weight would keep.
+        values = jnp.where(cached[:, :, None, None], read(v_pages, index), 0)
+        new_sums = jnp.einsum(
+            "bqhgs,bshd->bqhgd",
+            weights.astype(values.dtype),
+            values,
+            preferred_element_type=jnp.float32,
+        )
+        total = total * keep + weights.sum(-1)
+        return new_highest, total, sums * keep[..., None] + new_sums
+
+    shape = (*token.shape, kv_heads, group)
+    start = (jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, dv)))
+    rounds = (jnp.max(lengths, initial=0) + span - 1) // span
+    highest, total, sums = lax.fori_loop(0, rounds, one_round, start)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(kv_heads, group)
+        shift = jnp.maximum(highest, sink)
+        keep = jnp.exp(highest - shift)
+        highest, sums = shift, sums * keep[..., None]
+        total = total * keep + jnp.exp(sink - shift)
+    out = sums / jnp.where(total == 0, 1.0, total)[..., None]
+    lse = highest + jnp.log(total)
+    out = out.astype(q.dtype).reshape(*token.shape, heads, dv)
+    return (
+        jnp.zeros((tokens, heads, dv), q.dtype).at[token].set(out, mode="drop"),
+        jnp.full((tokens, heads), -jnp.inf)
+        .at[token]
+        .set(lse.reshape(*token.shape, heads), mode="drop"),
+    )
+
+
+def write_pages(
+    k_pages: Float[Array, "layers pages page kv_heads d"],
+    v_pages: Float[Array, "layers pages page kv_heads dv"],
+    layer: Int[Array, ""] | int,
+    k: Float[Array, "tokens kv_heads d"],
+    v: Float[Array, "tokens kv_heads dv"],
+    slots: Int[Array, "tokens"],
+) -> tuple[
+    Float[Array, "layers pages page kv_heads d"], Float[Array, "layers pages page kv_heads dv"]
+]:
+    """Stores each token's key and value at `slots` = page * page_size + offset; -1 stores nothing."""
+    pages, page = k_pages.shape[1:3]
+    index = jnp.where(slots >= 0, slots // page, pages)
+    return (
+        k_pages.at[layer, index, slots % page].set(k.astype(k_pages.dtype), mode="drop"),
+        v_pages.at[layer, index, slots % page].set(v.astype(v_pages.dtype), mode="drop"),
+    )
+
+
+def _query_blocks(
+    query_start: Array, lengths: Array, tokens: int, max_query_length: int
+) -> tuple[Array, Array, Array]:
+    """Cuts ragged rows into blocks: row [blocks], token and position [blocks, block]; token = tokens is padding."""
+    rows = lengths.shape[0]
+    block = min(max_query_length, QUERY_BLOCK)
+    # Each row ends in at most one block that is not full.
+    blocks = rows if max_query_length == 1 else tokens // block + rows
+    count = jnp.where(lengths > 0, query_start[1:] - query_start[:-1], 0)
+    per_row = count if max_query_length == 1 else -(-count // block)
+    ends = jnp.cumsum(per_row)
+    index = jnp.arange(blocks)
+    row = jnp.minimum(jnp.searchsorted(ends, index, side="right"), rows - 1)
+    offset = ((index - (ends - per_row)[row]) * block)[:, None] + jnp.arange(block)
+    real = (index < ends[-1])[:, None] & (offset < count[row][:, None])
+    token = jnp.where(real, query_start[row][:, None] + offset, tokens)
+    position = jnp.where(real, (lengths - count)[row][:, None] + offset, -1)
+    return row, token, position
