@@ -47,7 +47,7 @@ def compile_pins(pyproject: str, previous: str, *, upgrade: bool) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Pins everything that the project installs.")
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions allowed")
     upgrade = parser.parse_args().upgrade
     pyproject, constraints = ROOT / "pyproject.toml", ROOT / "constraints.txt"

@@ -12,8 +12,10 @@ import platformdirs
 import pytest
 from jaxtyping import install_import_hook
 
-# From here on, importing one of our packages checks the types and shapes of every call in it.
-install_import_hook(["llmjax", "meshes", "pallas_kernels"], "beartype.beartype")
+# Code that handles arrays is imported with every call's types and shapes checked from here on.
+install_import_hook(
+    ["llmjax.layers", "llmjax.models", "llmjax.parallel", "pallas_kernels"], "beartype.beartype"
+)
 
 hypothesis.settings.register_profile(
     "reproducible", derandomize=True, deadline=None, database=None, print_blob=True
