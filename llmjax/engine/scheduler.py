@@ -1,0 +1,436 @@
+"""What every batch rank computes in each step: continuous batching in pure, deterministic Python.
+
+A step is scheduled, dispatched and, after later ones may have been scheduled too, retired. Until
+then its pages and slots stay where they are, whatever becomes of its requests.
+"""
+
+import bisect
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from llmjax.config import ConfigError
+from llmjax.engine.block_manager import BlockManager
+from llmjax.engine.request import FinishReason, Request, RequestStatus
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of a step and of the memory behind it; all but `num_ranks` are for one batch rank."""
+
+    num_ranks: int
+    """Batch ranks, each with its own pages and slots."""
+    max_batch_size: int
+    """Running requests."""
+    max_num_tokens: int
+    """Tokens in a step."""
+    max_prefill_requests: int
+    """Prefill rows in a step."""
+    page_size: int
+    """Positions in a page."""
+    num_pages: int
+    """Pages of the KV cache."""
+    max_seq_len: int
+    """Prompt and generated tokens of a request."""
+    enable_block_reuse: bool = True
+    """Reuse the pages of a known prefix."""
+    enable_chunked_prefill: bool = True
+    """Spread a prompt over several steps where the token budget asks for it."""
+
+    def __post_init__(self) -> None:
+        if self.max_num_tokens < self.max_batch_size:
+            raise ConfigError(
+                f"max_num_tokens={self.max_num_tokens} must be at least "
+                f"max_batch_size={self.max_batch_size}, so that every running request can take "
+                f"part in a step. Raise the first or lower the second."
+            )
+        if not self.enable_chunked_prefill and self.max_num_tokens < self.max_seq_len:
+            raise ConfigError(
+                f"without chunked prefill max_num_tokens={self.max_num_tokens} must hold a whole "
+                f"prompt: use at least max_seq_len={self.max_seq_len}, or set "
+                f"enable_chunked_prefill=True."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The tokens that one request feeds in one step."""
+
+    request: Request
+    start: int
+    """Position of the first token."""
+    count: int
+    """Tokens, at positions start to start + count - 1."""
+    samples: bool
+    """Whether the successor of the last token is sampled."""
+    pages: tuple[int, ...]
+    """Pages of all positions up to the last token."""
+    token_on_device: bool
+    """Whether the host has not read the token at `start` yet."""
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is one token with a sampled successor: a generated one or a prompt's last."""
+        return self.samples and self.count == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """One step: for each batch rank its decode works, then its prefill works."""
+
+    index: int
+    ranks: tuple[tuple[Work, ...], ...]
+    admitted: tuple[Request, ...]
+    """Requests that got a slot in this step, for the first time or after a preemption."""
+    preempted: tuple[Request, ...]
+    """Requests that lost their slot since the last step."""
+
+
+@dataclass(eq=False, kw_only=True)
+class _Rank:
+    """One batch rank: its pages, its slots and the requests that hold them."""
+
+    index: int
+    blocks: BlockManager
+    free_slots: list[int]
+    running: list[Request] = field(default_factory=list)
+    """Ordered by arrival."""
+    draining: list[Request] = field(default_factory=list)
+    """Finished or preempted, but still in flight: their pages and slots cannot be reused yet."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(request.num_tokens for request in self.running)
+
+
+@dataclass(eq=False, kw_only=True)
+class _RankStep:
+    """The part of a step that one rank computes, while it is put together."""
+
+    rank: _Rank
+    token_budget: int
+    prefill_budget: int
+    decodes: list[Work] = field(default_factory=list)
+    prefills: list[Work] = field(default_factory=list)
+
+    def add(self, request: Request) -> None:
+        """Schedule as many of the request's next tokens as the budget allows."""
+        start = request.num_computed
+        count = min(request.num_uncomputed, self.token_budget)
+        num_pages = self.rank.blocks.pages_for(start + count)
+        work = Work(
+            request=request,
+            start=start,
+            count=count,
+            samples=count == request.num_uncomputed,
+            pages=tuple(request.pages[:num_pages]),
+            token_on_device=start >= request.num_tokens,
+        )
+        if work.is_decode:
+            self.decodes.append(work)
+        else:
+            self.prefills.append(work)
+            self.prefill_budget -= 1
+        self.token_budget -= count
+        request.num_computed += count
+        request.in_flight += 1
+        request.pending_samples += work.samples
+
+
+class Scheduler:
+    """Decide what each step computes, and take in what it sampled.
+
+    The engine calls `schedule`, dispatches the step, and calls `retire` in the same order once it
+    has read the sampled tokens; it may schedule further steps in between.
+    """
+
+    def __init__(self, config: SchedulerConfig):
+        self.config = config
+        self.num_preemptions = 0
+        self._ranks = [
+            _Rank(
+                index=index,
+                blocks=BlockManager(
+                    num_pages=config.num_pages,
+                    page_size=config.page_size,
+                    enable_block_reuse=config.enable_block_reuse,
+                ),
+                free_slots=list(range(config.max_batch_size)),
+            )
+            for index in range(config.num_ranks)
+        ]
+        self._unfinished: dict[int, Request] = {}
+        self._waiting: list[Request] = []
+        self._preempted: list[Request] = []
+        self._num_arrived = 0
+        self._num_scheduled = 0
+        self._num_retired = 0
+        self._digest = hashlib.sha256()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is unfinished or a step is in flight."""
+        return bool(self._unfinished) or self._num_scheduled > self._num_retired
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return sum(len(rank.running) for rank in self._ranks)
+
+    @property
+    def blocks(self) -> tuple[BlockManager, ...]:
+        """The page bookkeeping of each batch rank."""
+        return tuple(rank.blocks for rank in self._ranks)
+
+    def digest(self) -> str:
+        """Name the schedules so far: equal on all processes that scheduled alike."""
+        return self._digest.hexdigest()
+
+    # Requests come and go.
+
+    def add(self, request: Request) -> None:
+        """Queue a request; raises ValueError for one that could never finish."""
+        self._check_fits(request)
+        room = self.config.max_seq_len - len(request.prompt_ids)
+        request.max_tokens = min(request.max_tokens, room)
+        request.arrival = self._num_arrived
+        self._num_arrived += 1
+        self._unfinished[request.id] = request
+        self._waiting.append(request)
+
+    def cancel(self, request_id: int) -> Request | None:
+        """Abort a request; None if it is unknown or has finished already."""
+        return self.finish(request_id, "abort", None)
+
+    def finish(
+        self, request_id: int, reason: FinishReason, stop_reason: int | str | None
+    ) -> Request | None:
+        """End a request, keeping its tokens; None if it is unknown or has finished already."""
+        request = self._unfinished.get(request_id)
+        if request is not None:
+            was_running = request.status is RequestStatus.RUNNING
+            request.finish(reason, stop_reason)
+            self._remove_finished(request, was_running=was_running)
+        return request
+
+    # A step begins.
+
+    def schedule(self) -> Schedule | None:
+        """Choose the next step's work; None if nothing can run before a step in flight retires."""
+        steps = [
+            _RankStep(
+                rank=rank,
+                token_budget=self.config.max_num_tokens,
+                prefill_budget=self.config.max_prefill_requests,
+            )
+            for rank in self._ranks
+        ]
+        num_preemptions = self.num_preemptions
+        for step in steps:
+            self._schedule_decodes(step)
+            self._schedule_chunks(step)
+        # Pages that a preemption has freed belong to the requests it was made for.
+        admitted = self._admit(steps) if num_preemptions == self.num_preemptions else []
+        ranks = tuple((*step.decodes, *step.prefills) for step in steps)
+        if not any(ranks):
+            return None
+        schedule = Schedule(
+            index=self._num_scheduled,
+            ranks=ranks,
+            admitted=tuple(admitted),
+            preempted=tuple(self._preempted),
+        )
+        self._preempted.clear()
+        self._num_scheduled += 1
+        self._record(schedule)
+        return schedule
+
+    def _schedule_decodes(self, step: _RankStep) -> None:
+        # A preemption removes requests from the end of the list, never one that was passed.
+        for request in list(step.rank.running):
+            if step.token_budget == 0:
+                return
+            if not (request.status is RequestStatus.RUNNING and request.wants_tokens):
+                continue
+            if request.num_uncomputed == 1 and self._reserve_next_page(request, step.rank):
+                step.add(request)
+
+    def _schedule_chunks(self, step: _RankStep) -> None:
+        for request in step.rank.running:
+            if step.token_budget == 0 or step.prefill_budget == 0:
+                return
+            if request.num_uncomputed > 1:
+                step.add(request)
+
+    def _reserve_next_page(self, request: Request, rank: _Rank) -> bool:
+        """Make room for the request's next token, preempting the latest arrivals if need be."""
+        while not rank.blocks.extend(request.pages, request.num_computed + 1):
+            latest = rank.running[-1]
+            # Pages about to be free are cheaper than a recomputation, and so is a short wait of
+            # the latest arrival itself: those before it finish, or preempt it.
+            if rank.draining or latest is request:
+                return False
+            self._preempt(latest, rank)
+        return True
+
+    def _preempt(self, request: Request, rank: _Rank) -> None:
+        rank.running.remove(request)
+        request.status = RequestStatus.WAITING
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self._preempted.append(request)
+        bisect.insort(self._waiting, request, key=_arrival)
+        self._release_when_idle(request)
+
+    def _admit(self, steps: list[_RankStep]) -> list[Request]:
+        """Move requests from the queue's front to the ranks that hold the fewest tokens."""
+        admitted: list[Request] = []
+        # The first one that cannot go holds up the rest, or small requests could starve it.
+        while self._waiting and self._waiting[0].in_flight == 0:
+            request = self._waiting[0]
+            by_load = sorted(steps, key=_num_tokens)
+            if not any(self._admit_to(step, request) for step in by_load):
+                break
+            admitted.append(self._waiting.pop(0))
+        return admitted
+
+    def _admit_to(self, step: _RankStep, request: Request) -> bool:
+        rank = step.rank
+        if not (rank.free_slots and step.token_budget and step.prefill_budget):
+            return False
+        # Prompt log-probabilities need the hidden state of every position.
+        needs_all = request.params.prompt_logprobs is not None
+        matched = [] if needs_all else rank.blocks.match(request.token_ids)
+        num_cached = len(matched) * self.config.page_size
+        if not self.config.enable_chunked_prefill:
+            if request.num_tokens - num_cached > step.token_budget:
+                return False
+        # All pages of the tokens known so far are taken here, so that a prefill never stops half
+        # way; a page is left for each running request, or the newcomer would soon be preempted.
+        pages = rank.blocks.admit(request.token_ids, matched=matched, spare=len(rank.running))
+        if pages is None:
+            return False
+        request.status = RequestStatus.RUNNING
+        request.rank = rank.index
+        request.slot = rank.free_slots.pop(0)
+        request.pages = pages
+        request.num_computed = num_cached
+        if request.num_preemptions == 0:
+            request.num_cached = num_cached
+        bisect.insort(rank.running, request, key=_arrival)
+        step.add(request)
+        return True
+
+    # A step ends.
+
+    def retire(self, schedule: Schedule, tokens: Mapping[int, int]) -> list[Request]:
+        """Take in the sampled tokens of the oldest step in flight, by request id.
+
+        Returns the requests that got a token. Tokens of requests that finished in the meantime
+        are dropped.
+        """
+        if schedule.index != self._num_retired or schedule.index >= self._num_scheduled:
+            raise RuntimeError(
+                f"step {schedule.index} is retired but step {self._num_retired} is next: retire "
+                f"each step once, in the order in which schedule() returned them"
+            )
+        self._num_retired += 1
+        changed: list[Request] = []
+        for works in schedule.ranks:
+            for work in works:
+                if self._retire_work(work, tokens):
+                    changed.append(work.request)
+        return changed
+
+    def _retire_work(self, work: Work, tokens: Mapping[int, int]) -> bool:
+        """Settle one request's part of a step; whether the request got a token."""
+        request = work.request
+        rank = self._rank_of(request)
+        request.in_flight -= 1
+        request.pending_samples -= work.samples
+        got_token = work.samples and not request.is_finished
+        was_running = request.status is RequestStatus.RUNNING
+        if got_token:
+            request.append(tokens[request.id])
+        # A dropped token may have been fed already: what lies past the end is never reused.
+        num_computed = min(work.start + work.count, request.num_tokens)
+        rank.blocks.commit(request.token_ids, request.pages, num_computed)
+        if request in rank.draining:
+            if request.in_flight == 0:
+                rank.draining.remove(request)
+                self._release(request, rank)
+        if got_token and request.is_finished:
+            self._remove_finished(request, was_running=was_running)
+        return got_token
+
+    def _remove_finished(self, request: Request, *, was_running: bool) -> None:
+        del self._unfinished[request.id]
+        if was_running:
+            self._rank_of(request).running.remove(request)
+            self._release_when_idle(request)
+        else:
+            self._waiting.remove(request)
+
+    def _release_when_idle(self, request: Request) -> None:
+        rank = self._rank_of(request)
+        if request.in_flight:
+            rank.draining.append(request)
+        else:
+            self._release(request, rank)
+
+    def _release(self, request: Request, rank: _Rank) -> None:
+        assert request.slot is not None
+        rank.blocks.release(request.pages)
+        bisect.insort(rank.free_slots, request.slot)
+        request.pages = []
+        request.num_computed = 0
+        request.rank = request.slot = None
+
+    def _rank_of(self, request: Request) -> _Rank:
+        assert request.rank is not None
+        return self._ranks[request.rank]
+
+    def _check_fits(self, request: Request) -> None:
+        config = self.config
+        num_prompt = len(request.prompt_ids)
+        if request.id in self._unfinished:
+            raise ValueError(f"request id {request.id} is in use: give each request its own id")
+        if num_prompt == 0 or request.max_tokens < 1:
+            raise ValueError(
+                f"request {request.id} has {num_prompt} prompt tokens and "
+                f"max_tokens={request.max_tokens}: each must be at least 1"
+            )
+        if num_prompt >= config.max_seq_len:
+            raise ValueError(
+                f"the prompt has {num_prompt} tokens and max_seq_len={config.max_seq_len} counts "
+                f"the generated ones too: use at most {config.max_seq_len - 1} prompt tokens"
+            )
+        # The last sampled token is never fed.
+        num_fed = min(num_prompt + request.max_tokens, config.max_seq_len) - 1
+        num_slots = config.num_pages * config.page_size
+        if num_fed > num_slots:
+            raise ValueError(
+                f"the request may need the keys and values of {num_fed} tokens and a batch rank "
+                f"has room for {num_slots} (num_pages={config.num_pages} * "
+                f"page_size={config.page_size}): use a shorter prompt, "
+                f"max_tokens <= {max(num_slots + 1 - num_prompt, 0)}, or more KV cache"
+            )
+
+    def _record(self, schedule: Schedule) -> None:
+        works = [
+            (work.request.id, work.request.slot, work.start, work.count, work.pages[-1])
+            for works in schedule.ranks
+            for work in works
+        ]
+        self._digest.update(repr((schedule.index, works)).encode())
+
+
+def _arrival(request: Request) -> int:
+    return request.arrival
+
+
+def _num_tokens(step: _RankStep) -> int:
+    return step.rank.num_tokens
