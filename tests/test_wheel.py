@@ -30,7 +30,8 @@ def run(*command: str | Path, folder: Path) -> str:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dist")
-    run(uv.find_uv_bin(), "build", "--quiet", "--wheel", "--out-dir", folder, folder=ROOT)
+    build = [uv.find_uv_bin(), "build", "--quiet", "--python", sys.executable, "--wheel"]
+    run(*build, "--out-dir", folder, folder=ROOT)
     [built] = folder.glob("*.whl")
     return built
 
