@@ -1,6 +1,5 @@
 """What each operation means, in plain XLA: the kernels are tested against these functions."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -28,9 +27,10 @@ def paged_attention(
 ) -> tuple[Float[Array, "tokens heads dv"], Float[Array, "tokens heads"]]:
     """Causal attention of ragged rows of queries over a paged cache, and its log-sum-exp.
 
-    Row r owns the queries `q[query_start[r]:query_start[r + 1]]`; the last of them stands at position
-    `lengths[r] - 1`, and the keys of all of them are in the pages already. A `window` of w sees the
-    last w positions, 0 or None all. Queries outside every row give 0, and -inf as log-sum-exp.
+    Row r owns the queries `q[query_start[r]:query_start[r + 1]]`; the last of them stands at
+    position `lengths[r] - 1`, and the keys of all of them are in the pages already. A `window` of w
+    sees the last w positions, 0 or None all. Queries outside every row give 0, and -inf as
+    log-sum-exp.
 
     The softmax is taken online over blocks of `KV_BLOCK` positions (Milakov & Gimelshein, 2018), as
     many as the longest row needs, so that short rows never pay for the width of the page table.
@@ -112,7 +112,7 @@ def write_pages(
 ) -> tuple[
     Float[Array, "layers pages page kv_heads d"], Float[Array, "layers pages page kv_heads dv"]
 ]:
-    """Stores each token's key and value at `slots` = page * page_size + offset; -1 stores nothing."""
+    """Stores the keys and values of tokens at slots = page * page_size + offset, -1 nowhere."""
     pages, page = k_pages.shape[1:3]
     index = jnp.where(slots >= 0, slots // page, pages)
     return (
@@ -124,7 +124,10 @@ def write_pages(
 def _query_blocks(
     query_start: Array, lengths: Array, tokens: int, max_query_length: int
 ) -> tuple[Array, Array, Array]:
-    """Cuts ragged rows into blocks: row [blocks], token and position [blocks, block]; token = tokens is padding."""
+    """Cuts ragged rows into blocks: row [blocks], token and position [blocks, block].
+
+    Padding carries the token `tokens`, one past the last, and the position -1.
+    """
     rows = lengths.shape[0]
     block = min(max_query_length, QUERY_BLOCK)
     # Each row ends in at most one block that is not full.

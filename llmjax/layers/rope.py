@@ -1,0 +1,121 @@
+"""Rotary position embedding (Su et al., 2021) and the rules that stretch it to longer contexts."""
+
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from llmjax.config import ConfigError, RopeConfig
+
+RopeTables = tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]
+"""Cosine and sine of each token's angles."""
+
+
+class Rope:
+    """Frequencies of one model, computed once on the host.
+
+    Raises:
+        ConfigError: a scaling rule that is not implemented, with those that are.
+    """
+
+    def __init__(self, config: RopeConfig, *, head_dim: int):
+        rotated = int(head_dim * config.partial_rotary_factor)
+        base = 1.0 / config.theta ** (np.arange(0, rotated, 2, dtype=np.float64) / rotated)
+        if config.kind not in SCALINGS:
+            raise ConfigError(
+                f"config.json asks for rope_type={config.kind!r}, which is not implemented: "
+                f"known are {', '.join(SCALINGS)}."
+            )
+        frequencies, self.factor = SCALINGS[config.kind](base, config)
+        # A tuple, because a module's static fields must be hashable.
+        self.frequencies = tuple(frequencies.astype(np.float32).tolist())
+
+    def tables(self, positions: Int[Array, "tokens"]) -> RopeTables:
+        """Cosine and sine for tokens at these positions."""
+        angles = positions.astype(jnp.float32)[:, None] * jnp.array(self.frequencies, jnp.float32)
+        return jnp.cos(angles) * self.factor, jnp.sin(angles) * self.factor
+
+
+def apply_rope(
+    x: Float[Array, "tokens *heads head_dim"], tables: RopeTables
+) -> Float[Array, "tokens *heads head_dim"]:
+    """Rotates pairs (i, i + half) of the leading features; what the tables leave out stays."""
+    half = tables[0].shape[-1]
+    inner = (1,) * (x.ndim - 2)
+    cos, sin = (table.reshape(-1, *inner, half) for table in tables)
+    wide = x.astype(jnp.float32)
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    rotated = (first * cos - second * sin, second * cos + first * sin, rest)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def _default(base: np.ndarray, config: RopeConfig) -> tuple[np.ndarray, float]:
+    return base, 1.0
+
+
+def _linear(base: np.ndarray, config: RopeConfig) -> tuple[np.ndarray, float]:
+    """Positions divided by the factor (Chen et al., 2023)."""
+    return base / config.factor, 1.0
+
+
+def _llama3(base: np.ndarray, config: RopeConfig) -> tuple[np.ndarray, float]:
+    """Llama 3.1: long wavelengths divided, short ones kept, a ramp between."""
+    wavelength = 2 * np.pi / base
+    original = _original_length(config)
+    ramp = (original / wavelength - config.low_freq_factor) / (
+        config.high_freq_factor - config.low_freq_factor
+    )
+    ramp = np.clip(ramp, 0.0, 1.0)
+    return (1 - ramp) * base / config.factor + ramp * base, 1.0
+
+
+def _yarn(base: np.ndarray, config: RopeConfig) -> tuple[np.ndarray, float]:
+    """YaRN (Peng et al., 2023), with DeepSeek's mscale."""
+    rotated, original = 2 * len(base), _original_length(config)
+
+    def dimension(rotations: float) -> float:
+        return (rotated * math.log(original / (rotations * 2 * math.pi))) / (
+            2 * math.log(config.theta)
+        )
+
+    low, high = dimension(config.beta_fast), dimension(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotated - 1)
+    # Equal bounds would divide by zero.
+    ramp = (np.arange(len(base)) - low) / ((high - low) or 0.001)
+    kept = 1 - np.clip(ramp, 0.0, 1.0)
+    frequencies = base / config.factor * (1 - kept) + base * kept
+    if config.attention_factor is not None:
+        return frequencies, config.attention_factor
+    if config.mscale and config.mscale_all_dim:
+        ratio = yarn_scale(config.factor, config.mscale) / yarn_scale(
+            config.factor, config.mscale_all_dim
+        )
+        return frequencies, ratio
+    return frequencies, yarn_scale(config.factor, 1.0)
+
+
+def yarn_scale(factor: float, mscale: float) -> float:
+    """YaRN's growth of attention logits with the context's growth."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def _original_length(config: RopeConfig) -> int:
+    if not config.original_max_position_embeddings:
+        raise ConfigError(
+            f"config.json gives rope_type={config.kind!r} without original_max_position_embeddings: "
+            "add the context length before scaling."
+        )
+    return config.original_max_position_embeddings
+
+
+SCALINGS: dict[str, Callable[[np.ndarray, RopeConfig], tuple[np.ndarray, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+}
+"""Scaling rule -> frequencies and the factor on cosine and sine."""

@@ -1,0 +1,19 @@
+"""Qwen3 (Yang et al., 2025): norms on query and key heads, and a head size of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmjax.config import ModelConfig
+from llmjax.models.family import Family, dense_sources, read_dense_config
+from llmjax.models.qwen2 import qwen_windows
+
+
+def read_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Biases, where there are any, cover all four attention projections."""
+    bias = bool(hf.get("attention_bias", False))
+    special = dict(qk_norm=True, qkv_bias=bias, output_bias=bias, windows=qwen_windows(hf))
+    # The published default: Qwen3's heads are not hidden / heads wide.
+    return read_dense_config({"head_dim": 128, **hf}, **special)
+
+
+FAMILY = Family(architectures=("Qwen3ForCausalLM",), read_config=read_config, sources=dense_sources)

@@ -1,0 +1,28 @@
+"""Architecture names -> families."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmjax.config import ConfigError
+from llmjax.models import llama, qwen2, qwen3
+from llmjax.models.family import Family
+
+FAMILIES = tuple(module.FAMILY for module in (llama, qwen2, qwen3))
+"""Every family that can be loaded."""
+
+
+def find_family(hf: Mapping[str, Any]) -> Family:
+    """The family of a config.json.
+
+    Raises:
+        ConfigError: the architecture is unknown, with the known ones.
+    """
+    architectures = hf.get("architectures") or []
+    by_name = {name: family for family in FAMILIES for name in family.architectures}
+    for name in architectures:
+        if name in by_name:
+            return by_name[name]
+    raise ConfigError(
+        f"config.json names the architecture {', '.join(architectures) or '(none)'}, which is not "
+        f"implemented: known are {', '.join(sorted(by_name))}."
+    )
