@@ -84,7 +84,8 @@ def penalise(
     ones multiplied), the other two the output alone (OpenAI's definition).
     """
     with jax.named_scope("penalties"):
-        factor = jnp.where(logits > 0, 1 / repetition[:, None], repetition[:, None])
-        logits = jnp.where(state.occurrences > 0, logits * factor, logits)
+        repetition = repetition[:, None]
+        repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+        logits = jnp.where(state.occurrences > 0, repeated, logits)
         logits = logits - frequency[:, None] * state.generated
         return logits - jnp.where(state.generated > 0, presence[:, None], 0)

@@ -29,7 +29,7 @@ from llmjax.layers.sampler_state import (
     select_slots,
     state_specs,
 )
-from llmjax.layers.truncation import order_keys, top_k_threshold, top_p_threshold
+from llmjax.layers.truncation import find_kept
 from llmjax.layers.vocabulary import Vocabulary, compute_logits, find_argmax, find_max
 from llmjax.parallel.collectives import Axes, all_gather, island, pmax
 from meshes import Rules
@@ -227,7 +227,16 @@ def _draw(
         peak = jnp.where(jnp.isfinite(peak), peak, 0)
         temperature = jnp.where(random, rows.temperature, 1)
         scaled = (logits - peak[:, None]) / temperature[:, None]
-        kept = _truncate(logits, scaled, rows, needs, vocabulary)
+        kept = find_kept(
+            logits,
+            scaled,
+            top_k=rows.top_k,
+            top_p=rows.top_p,
+            min_p=rows.min_p,
+            any_top_k=needs.top_k,
+            any_top_p=needs.top_p,
+            vocabulary=vocabulary,
+        )
         noise = gumbel(rows.seed, rows.position, vocabulary.ids(logits.shape[1]))
         noisy = jnp.where(kept, scaled + noise, -jnp.inf)
         return jnp.where(random[:, None], noisy, logits)
@@ -236,31 +245,3 @@ def _draw(
         return logits
 
     return find_argmax(lax.cond(needs.noise, add_noise, keep), vocabulary)
-
-
-def _truncate(
-    logits: Float32[Array, "rows vocab"],
-    scaled: Float32[Array, "rows vocab"],
-    rows: SampleRows,
-    needs: _Needs,
-    vocabulary: Vocabulary,
-) -> Bool[Array, "rows vocab"]:
-    """Tokens that min-p, top-k and top-p leave; `scaled` is log(p / highest p)."""
-    weights = jnp.exp(scaled)
-    # Temperature keeps the order, so thresholds are sought on the logits, where scaling has not
-    # made near ones equal.
-    keys = order_keys(logits)
-    kept = weights >= rows.min_p[:, None]
-
-    def keep_all() -> UInt32[Array, " rows"]:
-        return jnp.zeros(len(keys), jnp.uint32)
-
-    def find_top_k() -> UInt32[Array, " rows"]:
-        return top_k_threshold(keys, rows.top_k, vocabulary)
-
-    kept &= keys >= lax.cond(needs.top_k, find_top_k, keep_all)[:, None]
-
-    def find_top_p() -> UInt32[Array, " rows"]:
-        return top_p_threshold(keys, jnp.where(kept, weights, 0), rows.top_p, vocabulary)
-
-    return kept & (keys >= lax.cond(needs.top_p, find_top_p, keep_all)[:, None])

@@ -55,10 +55,8 @@ def init_state(
     ):
         ranks = rules.size(axis)
         if value < ranks or value % ranks:
-            nearest = max(round(value / ranks), 1) * ranks
-            raise ValueError(
-                f"{name}={value} does not divide over {ranks} ranks: use {nearest}, for example."
-            )
+            fitting = -(-max(value, 1) // ranks) * ranks
+            raise ValueError(f"{name}={value} does not divide over {ranks} ranks: use {fitting}.")
     table, row = rules.spec("sampler_requests", "vocab"), rules.spec("sampler_requests", None)
     return SamplerState(
         occurrences=jnp.zeros((slots, padded_vocab_size), jnp.int32, out_sharding=table),

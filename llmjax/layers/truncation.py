@@ -18,13 +18,49 @@ from llmjax.parallel.collectives import psum
 _SIGN = 1 << 31
 
 
+def find_kept(
+    logits: Float32[Array, "rows vocab"],
+    scaled: Float32[Array, "rows vocab"],
+    *,
+    top_k: Int32[Array, " rows"],
+    top_p: Float32[Array, " rows"],
+    min_p: Float32[Array, " rows"],
+    any_top_k: Bool[Array, ""],
+    any_top_p: Bool[Array, ""],
+    vocabulary: Vocabulary,
+) -> Bool[Array, "rows vocab"]:
+    """Tokens that min-p and top-k leave, and of these the ones that top-p leaves.
+
+    `scaled` is log(p / highest p) after temperature. `any_top_k` and `any_top_p` say whether any
+    row needs the search, and must be the same on every device. Runs inside an island.
+    """
+    weights = jnp.exp(scaled)
+    # Temperature keeps the order, so thresholds are sought on the logits, where scaling has not
+    # made near ones equal.
+    keys = order_keys(logits)
+    kept = weights >= min_p[:, None]
+
+    def keep_all() -> UInt32[Array, " rows"]:
+        return jnp.zeros(len(keys), jnp.uint32)
+
+    def find_top_k() -> UInt32[Array, " rows"]:
+        return _top_k_threshold(keys, top_k, vocabulary)
+
+    kept &= keys >= lax.cond(any_top_k, find_top_k, keep_all)[:, None]
+
+    def find_top_p() -> UInt32[Array, " rows"]:
+        return _top_p_threshold(keys, jnp.where(kept, weights, 0), top_p, vocabulary)
+
+    return kept & (keys >= lax.cond(any_top_p, find_top_p, keep_all)[:, None])
+
+
 def order_keys(values: Float32[Array, "*shape"]) -> UInt32[Array, "*shape"]:
     """Integers in the order of the floats; both zeros are equal, NaN has no place."""
     bits = lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.uint32)
     return jnp.where(values < 0, ~bits, bits | jnp.uint32(_SIGN))
 
 
-def top_k_threshold(
+def _top_k_threshold(
     keys: UInt32[Array, "rows vocab"], top_k: Int32[Array, " rows"], vocabulary: Vocabulary
 ) -> UInt32[Array, " rows"]:
     """Key of the k-th highest token of each row; zero where `top_k` is off."""
@@ -37,7 +73,7 @@ def top_k_threshold(
         return jnp.where(top_k > 0, _largest_key(reaches_k, len(keys)), 0)
 
 
-def top_p_threshold(
+def _top_p_threshold(
     keys: UInt32[Array, "rows vocab"],
     weights: Float32[Array, "rows vocab"],
     top_p: Float32[Array, " rows"],

@@ -69,6 +69,8 @@ def find_top(
     scores: Float32[Array, "rows vocab"], count: int, vocabulary: Vocabulary
 ) -> tuple[Float32[Array, "rows count"], Int32[Array, "rows count"]]:
     """The highest scores of each row in falling order, and their token ids."""
+    if count == 0:  # XLA refuses to gather empty arrays.
+        return scores[:, :0], jnp.zeros((len(scores), 0), jnp.int32)
     width = scores.shape[-1]
     # No shard can hold more than `count` of the winners, so merging the local ones is exact.
     values, columns = lax.top_k(scores, min(count, width))
