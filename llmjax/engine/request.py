@@ -26,6 +26,8 @@ class Request:
     """Most tokens to generate; the scheduler lowers it to what the sequence length leaves."""
     stop_ids: frozenset[int]
     """Ids that end the request: end-of-sequence (unless ignored) and `params.stop_token_ids`."""
+    seed: int = 0
+    """32 bits that the noise of its samples is drawn from."""
 
     token_ids: list[int] = field(init=False)
     """The prompt and every sampled token that the host has read."""

@@ -29,14 +29,12 @@ class Attention(nnx.Module):
             (*per_slot, None),
             fan_in=config.num_heads * head_dim,
         )
-        self.qkv_bias = self.out_bias = self.q_norm = self.k_norm = None
-        if config.qkv_bias:
-            self.qkv_bias = declare.param(fused, per_slot, init="zeros")
-        if config.output_bias:
-            self.out_bias = declare.param((embed,), (None,), init="zeros")
-        if config.qk_norm:
-            self.q_norm = RMSNorm(head_dim, eps=config.norm_eps, declare=declare)
-            self.k_norm = RMSNorm(head_dim, eps=config.norm_eps, declare=declare)
+        self.qkv_bias = declare.param(fused, per_slot, init="zeros") if config.qkv_bias else None
+        self.out_bias = (
+            declare.param((embed,), (None,), init="zeros") if config.output_bias else None
+        )
+        norms = [RMSNorm(head_dim, eps=config.norm_eps, declare=declare) for _ in "qk"]
+        self.q_norm, self.k_norm = norms if config.qk_norm else (None, None)
 
     def __call__(
         self,
@@ -114,7 +112,8 @@ def attend(
 
     spec = rules.spec
     grouped, single = spec("tokens", "kv_heads", None, None), spec("tokens", "kv_heads", None)
-    pages = spec("layers", "pages", None, "kv_heads", None)
+    # The layers axis is the stage's own by now.
+    pages = spec(None, "pages", None, "kv_heads", None)
     ranks = spec("requests")
     where = Placement(
         positions=spec("tokens"),

@@ -32,10 +32,9 @@ class GatedMLP(nnx.Module):
         self.activation = config.activation
         self.gate_up = declare.param((embed, 2, ffn), (None, None, "ffn"), fan_in=embed)
         self.down = declare.param((ffn, embed), ("ffn", None), fan_in=ffn)
-        self.gate_up_bias = self.down_bias = None
-        if config.mlp_bias:
-            self.gate_up_bias = declare.param((2, ffn), (None, "ffn"), init="zeros")
-            self.down_bias = declare.param((embed,), (None,), init="zeros")
+        bias = config.mlp_bias
+        self.gate_up_bias = declare.param((2, ffn), (None, "ffn"), init="zeros") if bias else None
+        self.down_bias = declare.param((embed,), (None,), init="zeros") if bias else None
 
     def __call__(self, x: Float[Array, "tokens embed"]) -> Float[Array, "tokens embed"]:
         spec = self.rules.spec

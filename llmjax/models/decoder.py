@@ -15,6 +15,7 @@ from llmjax.layers.norm import RMSNorm
 from llmjax.layers.params import Declare
 from llmjax.layers.rope import Rope, RopeTables
 from llmjax.parallel.head_slots import HeadSlots, assign_head_slots
+from llmjax.parallel.pipeline import run_stage
 from llmjax.parallel.vocab import embed_tokens
 from meshes import Rules
 
@@ -62,9 +63,8 @@ class Decoder(nnx.Module):
         self.embedding = once.param((vocab, embed), ("vocab", None))
         self.layers = DecoderLayer(config, slots, declare=stack)
         self.norm = RMSNorm(embed, eps=config.norm_eps, declare=once)
-        self.output = None
-        if not config.tie_word_embeddings:
-            self.output = once.param((vocab, embed), ("vocab", None), fan_in=embed)
+        tied = config.tie_word_embeddings
+        self.output = None if tied else once.param((vocab, embed), ("vocab", None), fan_in=embed)
 
     @property
     def head(self) -> Float[Array, "embed vocab"]:
@@ -84,24 +84,27 @@ class Decoder(nnx.Module):
         with jax.named_scope("embed"):
             x = embed_tokens(self.embedding[...], ids, rules=self.rules)
         rope = self.rope.tables(placement.positions)
-        x, cache = self._run_layers(x, cache, placement, rope, layer_loop)
-        with jax.named_scope("final_norm"):
-            return self.norm(x), cache
-
-    def _run_layers(self, x, cache, placement, rope, layer_loop: LayerLoop):
         graph, weights = nnx.split(self.layers)
         count = self.config.num_layers
         windows = jnp.array(self.config.windows or (0,) * count, jnp.int32)
+        windows = jax.sharding.reshard(windows, self.rules.spec("layers"))
 
-        def run(carry, inputs):
-            weights, layer, window = inputs
-            return nnx.merge(graph, weights)(*carry, layer, window, placement, rope), None
+        def stage(stack, cache: KVCache, inputs):
+            weights, windows = stack
+            x, placement, rope = inputs
 
-        stacked = (weights, jnp.arange(count), windows)
-        # Unrolled, XLA reads each layer's weights in place; in a scan it may copy them out first.
-        unroll = count if layer_loop == "unroll" else 1
-        (x, cache), _ = jax.lax.scan(run, (x, cache), stacked, unroll=unroll)
-        return x, cache
+            def run(carry, one):
+                weights, layer, window = one
+                return nnx.merge(graph, weights)(*carry, layer, window, placement, rope), None
+
+            stacked = (weights, jnp.arange(len(windows)), windows)
+            # Unrolled, XLA reads each layer's weights in place; in a scan it may copy them first.
+            unroll = len(windows) if layer_loop == "unroll" else 1
+            return jax.lax.scan(run, (x, cache), stacked, unroll=unroll)[0]
+
+        x, cache = run_stage(stage, (weights, windows), cache, (x, placement, rope))
+        with jax.named_scope("final_norm"):
+            return self.norm(x), cache
 
 
 def head_slots(config: ModelConfig, rules: Rules) -> HeadSlots:

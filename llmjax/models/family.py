@@ -31,7 +31,7 @@ ROTARY_BUFFERS = (r".*rotary_emb\.inv_freq",)
 
 
 def read_dense_config(hf: Mapping[str, Any], **special: Any) -> ModelConfig:
-    """Reads the keys that dense decoders share; `special` adds or replaces what a family differs in.
+    """Reads the keys that dense decoders share; `special` holds what a family has of its own.
 
     Raises:
         ConfigError: a key that must be there is missing.
@@ -63,7 +63,7 @@ def read_dense_config(hf: Mapping[str, Any], **special: Any) -> ModelConfig:
 
 
 def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
-    """Reads rope in the new spelling (`rope_parameters`) or the old (`rope_theta`, `rope_scaling`)."""
+    """Reads rope as `rope_parameters` or, in older files, as `rope_theta` and `rope_scaling`."""
     scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     values = {"theta": float(scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0)}
@@ -83,7 +83,7 @@ def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
 
 
 def sliding_windows(hf: Mapping[str, Any], *, default: str) -> tuple[int, ...]:
-    """Window of each layer from `layer_types`, or `default` ("full_attention", ...) for all layers."""
+    """Window of each layer from `layer_types`, which `default` fills where it is missing."""
     kinds = hf.get("layer_types") or [default] * hf["num_hidden_layers"]
     window = hf.get("sliding_window") or 0
     windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
@@ -112,7 +112,7 @@ def dense_sources(config: ModelConfig, slots: HeadSlots) -> Sources:
 
 
 def attention_sources(config: ModelConfig, slots: HeadSlots, prefix: str) -> Sources:
-    """Query, key and value rows laid side by side in each key/value slot; output columns likewise."""
+    """Query, key and value rows side by side in each key/value slot; output columns likewise."""
     embed, head_dim, group = config.hidden_size, config.head_dim, slots.group
     q_rows, kv_rows = config.num_heads * head_dim, config.num_kv_heads * head_dim
     everything = slice(None)

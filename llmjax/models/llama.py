@@ -1,4 +1,4 @@
-"""Llama 2 and 3 (Touvron et al., 2023; Grattafiori et al., 2024), SmolLM, and Mistral (Jiang et al., 2023)."""
+"""Llama 2 and 3 (Touvron et al., 2023; Grattafiori et al., 2024), SmolLM and Mistral."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Collectives for use inside an island (a `shard_map` body over all mesh axes).
+"""Collectives for use inside an island (a `shard_map` body over all axes that are left).
 
 Each takes a tuple of mesh axis names as `meshes.Rules.axes` gives them and leaves out axes of
 size one: XLA keeps such collectives, which costs a launch each and spoils counts.
@@ -18,8 +18,13 @@ def island(body: Callable[..., Any], *, in_specs: Any, out_specs: Any) -> Callab
 
     Every array that the body uses must be an argument: closing over a sharded array fails.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    # Inside a pipeline stage its axis is manual already.
+    axes = set(mesh.axis_names) - set(mesh.manual_axes)
     # check_vma=False: with it, an all_gather to a replicated output is refused.
-    return jax.shard_map(body, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    return jax.shard_map(
+        body, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
+    )
 
 
 def axis_size(axes: Axes) -> int:

@@ -1,0 +1,163 @@
+"""A schedule as one packed array of integers: the only host input of a step.
+
+The array is `[ranks, numbers]`; each batch rank reads its own row. The same table of fields gives
+the host its views to fill and the step its slices to read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from llmjax.engine.request import Request
+from llmjax.engine.scheduler import Schedule, Work
+from llmjax.layers.sampler import SampleRows
+
+FLOAT_COLUMNS = frozenset(
+    {
+        "temperature",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+    }
+)
+"""Fields of `SampleRows` whose integers are the bits of a float32."""
+COLUMN = {name: index for index, name in enumerate(SampleRows._fields)}
+"""Place of each sampling parameter in its row."""
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Bucket:
+    """A shape for which a step is compiled; all sizes are those of one batch rank."""
+
+    prefill_tokens: int
+    """Tokens of prefill rows together."""
+    decodes: int
+    """Rows with one token."""
+    prefill_rows: int
+    """Rows with any number of tokens."""
+    width: int
+    """Pages of a row."""
+
+    @property
+    def tokens(self) -> int:
+        """Decode tokens, then prefill tokens."""
+        return self.decodes + self.prefill_tokens
+
+    @property
+    def rows(self) -> int:
+        """Decode rows, then prefill rows."""
+        return self.decodes + self.prefill_rows
+
+    @property
+    def fields(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of everything that the host tells a step."""
+        return {
+            "ids": (self.tokens,),  # token ids
+            "token_source": (self.decodes,),  # slot whose last token is read instead of ids; or -1
+            "positions": (self.tokens,),  # position in the request
+            "cache_slots": (self.tokens,),  # page * page_size + offset; or -1
+            "targets": (self.prefill_tokens,),  # next token, where it is to be scored; or -1
+            "page_table": (self.rows, self.width),
+            "lengths": (self.rows,),  # cached tokens with this step's; 0 for an unused row
+            "prefill_start": (self.prefill_rows + 1,),
+            "sample_token": (self.rows,),  # token whose hidden state each row samples from
+            "sampling": (self.rows, len(COLUMN)),
+        }
+
+    @property
+    def num_numbers(self) -> int:
+        """Length of a rank's packed row."""
+        return sum(prod(shape) for shape in self.fields.values())
+
+
+def split_fields(row: Any, bucket: Bucket) -> dict[str, Any]:
+    """Views (NumPy) or slices (JAX) of one rank's packed row."""
+    parts, start = {}, 0
+    for name, shape in bucket.fields.items():
+        parts[name] = row[start : start + prod(shape)].reshape(shape)
+        start += prod(shape)
+    return parts
+
+
+def pack_schedule(
+    schedule: Schedule,
+    bucket: Bucket,
+    *,
+    page_size: int,
+    max_batch_size: int,
+    sampling_of: Callable[[Request], Int32[np.ndarray, " columns"]],
+) -> Int32[np.ndarray, "ranks numbers"]:
+    """Fills a packed row for each batch rank; `sampling_of` gives a request's constant columns."""
+    packed = np.zeros((len(schedule.ranks), bucket.num_numbers), np.int32)
+    for rank, works in enumerate(schedule.ranks):
+        parts = split_fields(packed[rank], bucket)
+        for name in ("token_source", "cache_slots", "targets"):
+            parts[name].fill(-1)
+        decodes = [work for work in works if work.is_decode]
+        prefills = [work for work in works if not work.is_decode]
+        for row, work in enumerate(decodes):
+            _pack_work(parts, work, row, row, page_size)
+            if work.token_on_device:
+                parts["token_source"][row] = work.request.slot
+        start = bucket.decodes
+        for index, work in enumerate(prefills):
+            _pack_work(parts, work, bucket.decodes + index, start, page_size)
+            _pack_targets(parts["targets"], work, start - bucket.decodes)
+            start += work.count
+            parts["prefill_start"][index + 1 :] = start - bucket.decodes
+        for row, work in [*enumerate(decodes), *enumerate(prefills, bucket.decodes)]:
+            if work.samples:
+                columns = parts["sampling"][row]
+                columns[:] = sampling_of(work.request)
+                columns[COLUMN["valid"]] = 1
+                columns[COLUMN["position"]] = work.start + work.count
+                columns[COLUMN["slot"]] = rank * max_batch_size + (work.request.slot or 0)
+    return packed
+
+
+def _pack_work(parts: dict[str, Any], work: Work, row: int, first: int, page_size: int) -> None:
+    stop = work.start + work.count
+    known = work.request.token_ids[work.start : stop]
+    parts["ids"][first : first + len(known)] = known
+    positions = np.arange(work.start, stop)
+    parts["positions"][first : first + work.count] = positions
+    pages = np.asarray(work.pages)
+    parts["cache_slots"][first : first + work.count] = (
+        pages[positions // page_size] * page_size + positions % page_size
+    )
+    parts["page_table"][row, : len(pages)] = pages
+    parts["lengths"][row] = stop
+    parts["sample_token"][row] = first + work.count - 1
+
+
+def _pack_targets(targets: np.ndarray, work: Work, first: int) -> None:
+    """Names the prompt's next tokens where their log-probabilities are wanted."""
+    if work.request.params.prompt_logprobs is None:
+        return
+    following = work.request.prompt_ids[work.start + 1 : work.start + work.count + 1]
+    targets[first : first + len(following)] = following
+
+
+def sampling_columns(request: Request, *, processors: int) -> Int32[np.ndarray, " columns"]:
+    """What stays the same for a request in every step; floats as the bits of float32."""
+    params = request.params
+    values = {
+        "uses_state": params.needs_state,
+        "min_position": len(request.prompt_ids) + params.min_tokens,
+        "seed": np.uint32(request.seed).view(np.int32),
+        "top_k": params.top_k,
+        "num_logprobs": -1 if params.logprobs is None else params.logprobs,
+        "processors": processors,
+    }
+    for name in FLOAT_COLUMNS:
+        values[name] = np.float32(getattr(params, name)).view(np.int32)
+    columns = np.zeros(len(COLUMN), np.int32)
+    for name, value in values.items():
+        columns[COLUMN[name]] = value
+    return columns

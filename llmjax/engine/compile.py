@@ -1,0 +1,138 @@
+"""Shape buckets, and their steps compiled ahead of time."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import platformdirs
+from jax.sharding import Mesh
+
+from llmjax.config import ConfigError, EngineConfig
+from llmjax.engine.batch import Bucket
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_PREFILL = 32
+"""Prefill tokens of the smallest bucket; fewer are padded."""
+BUCKET_RATIO = 4
+"""Neighbouring buckets differ by this factor."""
+
+
+def choose_buckets(
+    *, max_batch_size: int, max_num_tokens: int, prefill_rows: int, width: int, config: EngineConfig
+) -> tuple[Bucket, ...]:
+    """Decode buckets of several batch sizes, and prefill buckets that hold any batch size.
+
+    Raises:
+        ConfigError: buckets that were asked for do not cover the largest batch or step.
+    """
+    batches = config.batch_buckets or _geometric(1, max_batch_size)
+    prefills = config.token_buckets or _geometric(SMALLEST_PREFILL, max_num_tokens)
+    for key, sizes, needed, limit in (
+        ("batch_buckets", batches, max_batch_size, "max_batch_size"),
+        ("token_buckets", prefills, max_num_tokens, "max_num_tokens"),
+    ):
+        if sizes[-1] < needed:
+            raise ConfigError(
+                f"{key} ends at {sizes[-1]}, below {limit}={needed}: add a bucket of {needed}."
+            )
+    decodes = [
+        Bucket(prefill_tokens=0, decodes=batch, prefill_rows=0, width=width) for batch in batches
+    ]
+    mixed = [
+        Bucket(prefill_tokens=tokens, decodes=batches[-1], prefill_rows=prefill_rows, width=width)
+        for tokens in prefills
+    ]
+    return (*decodes, *mixed)
+
+
+def pick_bucket(buckets: Sequence[Bucket], *, decodes: int, prefill_tokens: int) -> Bucket:
+    """The smallest bucket that holds a step, given the largest numbers of any batch rank."""
+    fitting = [
+        bucket
+        for bucket in buckets
+        if bucket.decodes >= decodes and bucket.prefill_tokens >= prefill_tokens
+    ]
+    return min(fitting)
+
+
+def compile_steps(
+    lowered: Mapping[Bucket, Any], *, compiler_options: Mapping[str, Any]
+) -> dict[Bucket, Any]:
+    """Compiles all buckets side by side: XLA does not hold Python's lock."""
+    started = time.perf_counter()
+    options = dict(compiler_options) or None
+
+    def compile_one(program: Any) -> Any:
+        return program.compile(compiler_options=options)
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        compiled = dict(zip(lowered, pool.map(compile_one, lowered.values()), strict=True))
+    logger.info("compiled %d steps in %.1f s", len(compiled), time.perf_counter() - started)
+    return compiled
+
+
+def enable_compile_cache(setting: bool | str) -> Path | None:
+    """Keeps compiled programs on disk: in the user's cache folder, or in the one that is named."""
+    if setting is False:
+        return None
+    if setting is True:
+        # A folder that the user chose for all of JAX stays.
+        if configured := jax.config.jax_compilation_cache_dir:
+            return Path(configured)
+        setting = str(Path(platformdirs.user_cache_dir("llmjax")) / "xla")
+    jax.config.update("jax_compilation_cache_dir", setting)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return Path(setting)
+
+
+def count_pages(
+    mesh: Mesh,
+    *,
+    page_bytes: int,
+    weight_bytes: int,
+    measure_temporaries: Callable[[], int],
+    fraction: float,
+    min_pages: int,
+    num_ranks: int,
+) -> int:
+    """Pages of a batch rank: what the devices have left, or on CPU a stated size.
+
+    All sizes are those of one device. A GPU gives `fraction` of the memory that weights and
+    temporaries leave, rounded down to 1/64 of the device, so that programs are found in the cache
+    again. On CPU the batch ranks share 1 GiB, and each holds at least one request of full length.
+
+    Raises:
+        ConfigError: not even `min_pages` fit.
+    """
+    device = mesh.local_devices[0]
+    if device.platform == "cpu":
+        return max(CPU_POOL_BYTES // num_ranks // page_bytes, min_pages)
+    limit = device.memory_stats()["bytes_limit"]
+    temporary_bytes = measure_temporaries()
+    grain = limit // 64
+    pool = int((limit - weight_bytes - temporary_bytes) * fraction) // grain * grain
+    pages = pool // page_bytes
+    if pages < 1:
+        raise ConfigError(
+            f"No memory is left for the KV cache: of {limit / 2**30:.1f} GiB the weights take "
+            f"{weight_bytes / 2**30:.1f} and a step's temporaries {temporary_bytes / 2**30:.1f}. "
+            "Use more devices, a smaller dtype or a smaller max_num_tokens."
+        )
+    return pages
+
+
+CPU_POOL_BYTES = 2**30
+"""KV cache of all batch ranks on CPU."""
+
+
+def _geometric(first: int, last: int) -> tuple[int, ...]:
+    sizes = [last]
+    while sizes[0] > first:
+        sizes.insert(0, max(first, -(-sizes[0] // BUCKET_RATIO)))
+    return tuple(sizes)

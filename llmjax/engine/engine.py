@@ -1,0 +1,235 @@
+"""The engine: requests in, tokens out, one step at a time."""
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llmjax.config import ConfigError
+from llmjax.engine.request import Request
+from llmjax.engine.runner import MAX_BIAS, MAX_STOP_IDS, Dispatched, Runner
+from llmjax.engine.scheduler import Scheduler, Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, under the unmodified logits."""
+
+    token: int
+    """The token that stands there."""
+    logprob: float
+    """Its log-probability."""
+    rank: int
+    """One more than the number of likelier tokens."""
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens with their log-probabilities."""
+
+
+@dataclass(kw_only=True)
+class EngineStats:
+    """Counts since the engine was built."""
+
+    steps: int = 0
+    """Steps dispatched."""
+    overlapped_steps: int = 0
+    """Steps dispatched before the tokens of the step before were read."""
+    chunked_prefills: int = 0
+    """Prefill chunks that did not reach the end of their prompt."""
+    padded_tokens: int = 0
+    """Tokens computed for nothing, because a bucket was not full."""
+    tokens: int = 0
+    """Tokens fed, prefill and decode together."""
+
+
+@dataclass(kw_only=True)
+class _Collected:
+    """Log-probabilities of a request so far."""
+
+    generated: list[TokenLogprobs] = field(default_factory=list)
+    prompt: list[TokenLogprobs] = field(default_factory=list)
+
+
+class Engine:
+    """Continuous batching over one runner.
+
+    `step` dispatches the next step and then reads the one before, so that the devices always have
+    work while the host prepares more; with overlap off, it reads what it dispatched.
+    """
+
+    def __init__(self, runner: Runner):
+        self.runner = runner
+        self.scheduler = Scheduler(runner.scheduler_config)
+        self.stats = EngineStats()
+        self._ahead = 0 if runner.engine.disable_overlap_scheduler else 1
+        self._in_flight: deque[Dispatched] = deque()
+        self._collected: dict[int, _Collected] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a request is unfinished or a step is unread."""
+        return self.scheduler.has_work
+
+    def submit(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            ConfigError: it asks for what this engine was not built for, or does not fit.
+        """
+        self._check(request)
+        try:
+            self.scheduler.add(request)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        self._collected[request.id] = _Collected()
+
+    def step(self) -> list[Request]:
+        """Runs the engine one step further and returns the requests that got a token."""
+        schedule = self.scheduler.schedule()
+        if schedule is not None:
+            self.stats.overlapped_steps += bool(self._in_flight)
+            dispatched = self.runner.dispatch(schedule)
+            self._in_flight.append(dispatched)
+            self._count(dispatched)
+        if self._in_flight and (schedule is None or len(self._in_flight) > self._ahead):
+            return self._read(self._in_flight.popleft())
+        return []
+
+    def finish(self, request: Request, stop_text: str) -> None:
+        """Ends a request whose text reached a stop text."""
+        self.scheduler.finish(request.id, "stop", stop_text)
+
+    def cancel(self, request: Request) -> None:
+        """Aborts a request; its pages are free when this returns."""
+        self.scheduler.cancel(request.id)
+        while request.in_flight and self._in_flight:
+            self._read(self._in_flight.popleft())
+        self.forget(request)
+
+    def forget(self, request: Request) -> None:
+        """Drops what the engine keeps of a finished request."""
+        self._collected.pop(request.id, None)
+        self.runner.forget(request)
+
+    def logprobs(self, request: Request) -> tuple[list[TokenLogprobs], list[TokenLogprobs]]:
+        """Log-probabilities of the generated tokens and of the prompt's from its second on."""
+        collected = self._collected[request.id]
+        return collected.generated, collected.prompt
+
+    def _check(self, request: Request) -> None:
+        params, engine = request.params, self.runner.engine
+        limit, vocab = self.runner.maker.max_logprobs, self.runner.config.vocab_size
+        for key in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, key) or 0) > limit:
+                raise ConfigError(
+                    f"{key}={getattr(params, key)} is above max_logprobs={limit}: "
+                    f"ask for at most {limit}, or give LLM(max_logprobs=...) a larger number."
+                )
+        for name in params.logits_processors:
+            if name not in engine.logits_processors:
+                raise ConfigError(
+                    f"No logits processor is called {name!r}: pass the function when the engine is "
+                    f"built, LLM(..., logits_processors={{{name!r}: function}})."
+                )
+        ids = {
+            "prompt": request.prompt_ids,
+            "logit_bias": params.logit_bias,
+            "stop_token_ids": params.stop_token_ids,
+        }
+        for key, tokens in ids.items():
+            wrong = [token for token in tokens if not 0 <= token < vocab]
+            if wrong:
+                raise ConfigError(
+                    f"The {key} holds the token id {wrong[0]}: "
+                    f"this model's ids are 0 to {vocab - 1}."
+                )
+        if len(params.logit_bias) > MAX_BIAS:
+            raise ConfigError(
+                f"logit_bias has {len(params.logit_bias)} entries: use at most {MAX_BIAS}."
+            )
+        if params.min_tokens and len(request.stop_ids) > MAX_STOP_IDS:
+            raise ConfigError(
+                f"min_tokens holds back {len(request.stop_ids)} stop tokens: use at most "
+                f"{MAX_STOP_IDS} stop_token_ids."
+            )
+
+    def _count(self, dispatched: Dispatched) -> None:
+        works = [work for works in dispatched.schedule.ranks for work in works]
+        fed = sum(work.count for work in works)
+        self.stats.steps += 1
+        self.stats.tokens += fed
+        self.stats.padded_tokens += dispatched.bucket.tokens * self.runner.num_ranks - fed
+        self.stats.chunked_prefills += sum(not work.samples for work in works)
+
+    def _read(self, dispatched: Dispatched) -> list[Request]:
+        """Waits for a step's tokens and hands them to the scheduler."""
+        rows = dict(_rows(dispatched))
+        tokens = np.asarray(dispatched.output.sampled.tokens)
+        self._collect_prompts(dispatched)
+        sampled = {work.request.id: int(tokens[row]) for row, work in rows.items() if work.samples}
+        updated = self.scheduler.retire(dispatched.schedule, sampled)
+        self._collect_generated(dispatched, rows, updated)
+        return updated
+
+    def _collect_generated(
+        self, dispatched: Dispatched, rows: Mapping[int, Work], updated: list[Request]
+    ) -> None:
+        wanting = {request.id for request in updated if request.params.logprobs is not None}
+        if not wanting:
+            return
+        sampled = [np.asarray(part) for part in dispatched.output.sampled]
+        for row, work in rows.items():
+            if work.samples and work.request.id in wanting:
+                entry = _entry(sampled, row, work.request.params.logprobs)
+                self._collected[work.request.id].generated.append(entry)
+
+    def _collect_prompts(self, dispatched: Dispatched) -> None:
+        scores = dispatched.output.prompt
+        if scores is None:
+            return
+        arrays = None
+        for first, work in _prefill_places(dispatched):
+            request = work.request
+            if request.params.prompt_logprobs is None or request.id not in self._collected:
+                continue
+            arrays = arrays or [np.asarray(part) for part in scores]
+            following = request.prompt_ids[work.start + 1 : work.start + work.count + 1]
+            collected = self._collected[request.id].prompt
+            for offset, token in enumerate(following):
+                # A preempted request computes its prompt again.
+                if len(collected) == work.start + offset:
+                    scored = [np.full(len(arrays[0]), token), *arrays]
+                    wanted = request.params.prompt_logprobs
+                    collected.append(_entry(scored, first + offset, wanted))
+
+
+def _rows(dispatched: Dispatched) -> list[tuple[int, Work]]:
+    """Row of the step's output -> the work that it belongs to."""
+    bucket, rows = dispatched.bucket, []
+    for rank, works in enumerate(dispatched.schedule.ranks):
+        decodes = [work for work in works if work.is_decode]
+        prefills = [work for work in works if not work.is_decode]
+        first = rank * bucket.rows
+        rows += enumerate(decodes, first)
+        rows += enumerate(prefills, first + bucket.decodes)
+    return rows
+
+
+def _prefill_places(dispatched: Dispatched) -> list[tuple[int, Work]]:
+    """First token of each prefill in the step's tokens, and its work."""
+    bucket, places = dispatched.bucket, []
+    for rank, works in enumerate(dispatched.schedule.ranks):
+        first = rank * bucket.tokens + bucket.decodes
+        for work in works:
+            if not work.is_decode:
+                places.append((first, work))
+                first += work.count
+    return places
+
+
+def _entry(arrays: list[np.ndarray], row: int, count: int | None) -> TokenLogprobs:
+    tokens, logprob, rank, top_ids, top_logprobs = arrays
+    top = zip(top_ids[row, :count].tolist(), top_logprobs[row, :count].tolist(), strict=True)
+    return TokenLogprobs(
+        token=int(tokens[row]), logprob=float(logprob[row]), rank=int(rank[row]), top=tuple(top)
+    )

@@ -1,0 +1,339 @@
+"""Runs steps on the devices: owns the weights, the state and the compiled programs."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Float32
+
+from llmjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
+from llmjax.engine.batch import Bucket, pack_schedule, sampling_columns
+from llmjax.engine.compile import choose_buckets, compile_steps, count_pages, pick_bucket
+from llmjax.engine.request import Request
+from llmjax.engine.scheduler import Schedule, SchedulerConfig, Work
+from llmjax.engine.step import EngineState, StepMaker, StepOutput, Weights
+from llmjax.layers.kv_cache import KVCache
+from llmjax.layers.sampler_state import GENERATED, PROMPT, UNUSED, fill_slot, init_state
+from llmjax.models.decoder import Decoder, LayerLoop, head_slots, padded_vocab
+from llmjax.weights.model import abstract_decoder
+from meshes import Rules
+
+logger = logging.getLogger(__name__)
+
+FILL_CHUNK = 1024
+"""Token ids that one call of `fill_slot` takes."""
+MAX_BIAS = 1024
+"""Most entries of a request's logit bias."""
+UNASKED_CONTEXT = 8192
+"""Tokens of a request that the KV cache on CPU holds at least, where no length was asked for."""
+MAX_STOP_IDS = 64
+"""Most stop tokens that `min_tokens` can hold back."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dispatched:
+    """A step whose results are on their way to the host."""
+
+    schedule: Schedule
+    bucket: Bucket
+    output: StepOutput
+
+
+class Runner:
+    """One engine's devices.
+
+    Built in this order: abstract weights, buckets, the size of the KV pool, the state, the compiled
+    steps. Nothing is compiled afterwards.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rules: Rules,
+        mesh: Mesh,
+        weights: Weights,
+        engine: EngineConfig,
+    ):
+        self.config, self.rules, self.mesh, self.engine = config, rules, mesh, engine
+        self.weights = weights
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self.dtype = jax.tree.leaves(weights)[0].dtype
+        self.page_size = engine.tokens_per_block
+        self.max_batch_size = engine.max_batch_size or (8 if on_cpu else 256)
+        self.maker = self._make_maker(engine.layer_loop or ("scan" if on_cpu else "unroll"))
+        tokens = engine.max_num_tokens or (512 if on_cpu else 8192)
+        self.max_num_tokens = max(tokens, self.max_batch_size)
+        self.prefill_rows = min(self.max_batch_size, 4 if on_cpu else 16)
+        longest = min(
+            engine.max_seq_len or config.max_position_embeddings, config.max_position_embeddings
+        )
+        self.buckets = self._choose_buckets(longest)
+        self.num_pages = self._count_pages(longest)
+        # The pool may hold less than the context; what it holds is what can be promised.
+        self.max_seq_len = min(longest, self.num_pages * self.page_size)
+        with self._tracing():
+            make_state = jax.jit(partial(self._empty_state, self.num_pages))
+            self.state: EngineState = make_state()
+            self._steps = self._compile()
+            self._fill_slot = self._compile_fill_slot()
+        self._columns: dict[int, np.ndarray] = {}
+
+    @property
+    def num_ranks(self) -> int:
+        """Batch ranks."""
+        return self.rules.size("requests")
+
+    @property
+    def scheduler_config(self) -> SchedulerConfig:
+        """The limits that the scheduler must keep."""
+        return SchedulerConfig(
+            num_ranks=self.num_ranks,
+            max_batch_size=self.max_batch_size,
+            max_num_tokens=self.max_num_tokens,
+            max_prefill_requests=self.prefill_rows,
+            page_size=self.page_size,
+            num_pages=self.num_pages,
+            max_seq_len=self.max_seq_len,
+            enable_block_reuse=self.engine.enable_block_reuse,
+            enable_chunked_prefill=self.engine.enable_chunked_prefill,
+        )
+
+    def dispatch(self, schedule: Schedule) -> Dispatched:
+        """Starts a step and the copy of its results to the host; waits for neither."""
+        for request in schedule.admitted:
+            if request.params.needs_state:
+                self._fill(request)
+        decodes = max(sum(work.is_decode for work in works) for works in schedule.ranks)
+        prefill = max(
+            sum(work.count for work in works if not work.is_decode) for works in schedule.ranks
+        )
+        bucket = pick_bucket(self.buckets, decodes=decodes, prefill_tokens=prefill)
+        packed = pack_schedule(
+            schedule,
+            bucket,
+            page_size=self.page_size,
+            max_batch_size=self.max_batch_size,
+            sampling_of=self._sampling_of,
+        )
+        output, self.state = self._steps[bucket](
+            self.weights, self.state, self._put(packed, "requests", None)
+        )
+        output.sampled.tokens.copy_to_host_async()
+        return Dispatched(schedule=schedule, bucket=bucket, output=output)
+
+    def forget(self, request: Request) -> None:
+        """Drops what is kept of a request on the host."""
+        self._columns.pop(request.id, None)
+
+    def logits(self, ids: Sequence[int]) -> Float32[np.ndarray, "tokens vocab"]:
+        """Logits at every position of one prompt, computed beside the engine's own cache.
+
+        For looking inside and for tests: a program is compiled for each length.
+        """
+        request = Request(
+            id=0, prompt_ids=tuple(ids), params=SamplingParams(), max_tokens=1, stop_ids=frozenset()
+        )
+        pages = -(-len(ids) // self.page_size)
+        work = Work(
+            request=request,
+            start=0,
+            count=len(ids),
+            samples=False,
+            pages=tuple(range(pages)),
+            token_on_device=False,
+        )
+        # The first batch rank computes the prompt; the others idle.
+        ranks = ((work,), *((),) * (self.num_ranks - 1))
+        bucket = Bucket(prefill_tokens=len(ids), decodes=1, prefill_rows=1, width=pages)
+        packed = pack_schedule(
+            Schedule(index=0, ranks=ranks, admitted=(), preempted=()),
+            bucket,
+            page_size=self.page_size,
+            max_batch_size=self.max_batch_size,
+            sampling_of=self._sampling_of,
+        )
+        with self._tracing():
+            compute = jax.jit(self.maker.make_logits(bucket, partial(self._empty_state, pages)))
+            logits = compute(self.weights, self._put(packed, "requests", None))
+        return np.asarray(logits)
+
+    def _make_maker(self, layer_loop: LayerLoop) -> StepMaker:
+        graph, state = nnx.split(abstract_decoder(self.config, self.rules, self.dtype))
+        return StepMaker(
+            graph=graph,
+            abstract=state,
+            rules=self.rules,
+            vocab_size=self.config.vocab_size,
+            max_logprobs=min(self.engine.max_logprobs, self.config.vocab_size),
+            processors=tuple(self.engine.logits_processors.values()),
+            layer_loop=layer_loop,
+        )
+
+    @contextmanager
+    def _tracing(self) -> Iterator[None]:
+        """The mesh, and for float32 products that are float32 also on a GPU."""
+        precision = "highest" if self.dtype == jnp.float32 else None
+        with jax.set_mesh(self.mesh), jax.default_matmul_precision(precision):
+            yield
+
+    def _choose_buckets(self, longest: int) -> tuple[Bucket, ...]:
+        return choose_buckets(
+            max_batch_size=self.max_batch_size,
+            max_num_tokens=self.max_num_tokens,
+            prefill_rows=self.prefill_rows,
+            width=-(-longest // self.page_size),
+            config=self.engine,
+        )
+
+    def _cache_shape(self, num_pages: int) -> tuple[int, int, int, int, int]:
+        """Of all devices together; `num_pages` counts one batch rank's."""
+        slots = head_slots(self.config, self.rules).num_kv
+        pages = num_pages * self.rules.size("pages")
+        return (self.config.num_layers, pages, self.page_size, slots, self.config.head_dim)
+
+    def _empty_state(self, num_pages: int) -> EngineState:
+        rules, slots = self.rules, self.num_ranks * self.max_batch_size
+        return EngineState(
+            cache=KVCache.zeros(self._cache_shape(num_pages), self.dtype, rules),
+            last_tokens=jnp.zeros(
+                (self.num_ranks, self.max_batch_size),
+                jnp.int32,
+                out_sharding=rules.spec("requests", None),
+            ),
+            sampler=init_state(
+                slots=slots,
+                padded_vocab_size=padded_vocab(self.config, rules),
+                max_bias=MAX_BIAS,
+                max_stop_ids=MAX_STOP_IDS,
+                rules=rules,
+            ),
+        )
+
+    def _count_pages(self, longest: int) -> int:
+        """Pages of a batch rank: what was asked for, or what the memory holds."""
+        engine = self.engine
+        if engine.kv_cache_max_tokens:
+            pages = -(-engine.kv_cache_max_tokens // self.page_size)
+        else:
+            _, _, page, slots, head_dim = self._cache_shape(1)
+            held = slots // self.rules.size("kv_heads") * head_dim * self.dtype.itemsize
+            promised = longest if engine.max_seq_len else min(longest, UNASKED_CONTEXT)
+            pages = count_pages(
+                self.mesh,
+                page_bytes=2 * self.config.num_layers * page * held,
+                weight_bytes=_device_bytes(self.weights),
+                measure_temporaries=self._measure_temporaries,
+                fraction=engine.free_gpu_memory_fraction,
+                min_pages=-(-promised // self.page_size),
+                num_ranks=self.num_ranks,
+            )
+        if engine.max_seq_len and pages * self.page_size < longest:
+            raise ConfigError(
+                f"max_seq_len={longest} takes {-(-longest // self.page_size)} pages of KV cache "
+                f"for a request, and a batch rank holds {pages}: use max_seq_len="
+                f"{pages * self.page_size} or less, or more memory for the cache."
+            )
+        return pages
+
+    def _measure_temporaries(self) -> int:
+        """Bytes beside weights and state that the largest step needs; the pool does not matter."""
+        with self._tracing():
+            state = jax.eval_shape(partial(self._empty_state, 1))
+            probe = self._lower(max(self.buckets), state)
+            memory = probe.compile(dict(self.engine.compiler_options) or None).memory_analysis()
+        sampler = _device_bytes(state.sampler)
+        return memory.temp_size_in_bytes + memory.output_size_in_bytes + sampler
+
+    def _lower(self, bucket: Bucket, state: EngineState) -> Any:
+        sharding = self.rules.sharding(self.mesh, "requests", None)
+        shape = (self.num_ranks, bucket.num_numbers)
+        packed = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+        step = jax.jit(self.maker.make(bucket), donate_argnums=1)
+        return step.lower(self.weights, state, packed)
+
+    def _compile(self) -> dict[Bucket, Any]:
+        lowered = {bucket: self._lower(bucket, self.state) for bucket in self.buckets}
+        return compile_steps(lowered, compiler_options=self.engine.compiler_options)
+
+    def _compile_fill_slot(self) -> Callable[..., Any]:
+        fill = jax.jit(partial(fill_slot, rules=self.rules), donate_argnums=0)
+        empty = self._slot_arguments(0, [], [], {}, frozenset(), reset=True)
+        return fill.lower(self.state.sampler, *empty).compile()
+
+    def _fill(self, request: Request) -> None:
+        """Writes a request's tokens, biases and stop tokens into its slot."""
+        assert request.rank is not None and request.slot is not None
+        slot = request.rank * self.max_batch_size + request.slot
+        ids = request.token_ids
+        prompt = len(request.prompt_ids)
+        kinds = [PROMPT] * prompt + [GENERATED] * (len(ids) - prompt)
+        for start in range(0, len(ids), FILL_CHUNK):
+            part = slice(start, start + FILL_CHUNK)
+            arguments = self._slot_arguments(
+                slot,
+                ids[part],
+                kinds[part],
+                request.params.logit_bias,
+                request.stop_ids,
+                reset=start == 0,
+            )
+            sampler = self._fill_slot(self.state.sampler, *arguments)
+            self.state = replace(self.state, sampler=sampler)
+
+    def _slot_arguments(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        kinds: Sequence[int],
+        bias: Mapping[int, float],
+        stop_ids: frozenset[int],
+        *,
+        reset: bool,
+    ) -> tuple[jax.Array, ...]:
+        arrays = (
+            np.int32(slot),
+            _pad(ids, FILL_CHUNK, 0, np.int32),
+            _pad(kinds, FILL_CHUNK, UNUSED, np.int32),
+            _pad(list(bias), MAX_BIAS, -1, np.int32),
+            _pad(list(bias.values()), MAX_BIAS, 0, np.float32),
+            _pad(sorted(stop_ids), MAX_STOP_IDS, -1, np.int32),
+            np.bool_(reset),
+        )
+        return tuple(self._put(np.asarray(array)) for array in arrays)
+
+    def _sampling_of(self, request: Request) -> np.ndarray:
+        if request.id not in self._columns:
+            names = list(self.engine.logits_processors)
+            processors = sum(1 << names.index(name) for name in request.params.logits_processors)
+            self._columns[request.id] = sampling_columns(request, processors=processors)
+        return self._columns[request.id]
+
+    def _put(self, array: np.ndarray, *logical: str | None) -> jax.Array:
+        """An array that every process holds whole, laid on the mesh."""
+        sharding = self.rules.sharding(self.mesh, *logical)
+        if jax.process_count() == 1:
+            return jax.device_put(array, sharding)
+        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
+
+
+def _device_bytes(tree: Any) -> int:
+    """Bytes that the arrays of a tree take on one device."""
+    return sum(
+        prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _pad(values: Sequence[Any], length: int, fill: int, dtype: Any) -> np.ndarray:
+    array = np.full(length, fill, dtype)
+    array[: len(values)] = values
+    return array

@@ -1,0 +1,255 @@
+"""The step: one jitted function a bucket, from packed integers to sampled tokens."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from llmjax.config import LogitsProcessor
+from llmjax.engine.batch import FLOAT_COLUMNS, Bucket, split_fields
+from llmjax.layers.kv_cache import KVCache, Placement
+from llmjax.layers.logprobs import Logprobs, score
+from llmjax.layers.sampler import Sampled, SampleRows, sample
+from llmjax.layers.sampler_state import SamplerState
+from llmjax.models.decoder import Decoder, LayerLoop
+from llmjax.parallel.collectives import axis_index, island
+from meshes import Rules
+
+Weights = dict[str, Any]
+"""A model's weights as nested plain dictionaries."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class EngineState:
+    """Everything that stays on the devices between steps; each step is given it for good."""
+
+    cache: KVCache
+    """Keys and values."""
+    last_tokens: Int[Array, "ranks slots"]
+    """The token that each slot sampled last."""
+    sampler: SamplerState
+    """Token counts, biases and stop tokens of the slots that need them."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """What the host reads, replicated; one entry a row of every batch rank."""
+
+    sampled: Sampled
+    """Tokens and, where asked for, log-probabilities."""
+    prompt: Logprobs | None
+    """Log-probabilities of the prompts' next tokens; None in a bucket without prefill."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepInput:
+    """The packed integers, unpacked and laid on the mesh."""
+
+    ids: Int[Array, "tokens"]
+    targets: Int[Array, "tokens"]
+    placement: Placement
+    sample_token: Int[Array, "rows"]
+    """Token of the own batch rank whose hidden state each row samples from."""
+    rows: SampleRows
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMaker:
+    """What the steps of one engine have in common."""
+
+    graph: nnx.GraphDef
+    """The decoder without its weights."""
+    abstract: nnx.State
+    """Shapes of the decoder's weights."""
+    rules: Rules
+    vocab_size: int
+    max_logprobs: int
+    processors: Sequence[LogitsProcessor]
+    layer_loop: LayerLoop
+
+    def decoder(self, weights: Weights) -> Decoder:
+        """The decoder with these weights."""
+        state = jax.tree.map(_identity, self.abstract)
+        nnx.replace_by_pure_dict(state, weights)
+        return nnx.merge(self.graph, state)
+
+    def make(self, bucket: Bucket) -> Callable[..., tuple[StepOutput, EngineState]]:
+        """The step of a bucket: (weights, state, packed) -> (output, state)."""
+
+        def step(
+            weights: Weights, state: EngineState, packed: Int[Array, "ranks numbers"]
+        ) -> tuple[StepOutput, EngineState]:
+            decoder = self.decoder(weights)
+            inputs = unpack(packed, state.last_tokens, bucket, rules=self.rules)
+            hidden, cache = decoder(
+                inputs.ids, state.cache, inputs.placement, layer_loop=self.layer_loop
+            )
+            sampled, sampler = sample(
+                select_rows(hidden, inputs.sample_token, rules=self.rules),
+                decoder.head,
+                inputs.rows,
+                state.sampler,
+                rules=self.rules,
+                vocab_size=self.vocab_size,
+                max_logprobs=self.max_logprobs,
+                processors=self.processors,
+            )
+            prompt = None
+            if bucket.prefill_tokens:
+                prompt = score(
+                    hidden,
+                    decoder.head,
+                    inputs.targets,
+                    rules=self.rules,
+                    vocab_size=self.vocab_size,
+                    max_logprobs=self.max_logprobs,
+                )
+            # Every process reads the tokens, so that all of them schedule alike.
+            output = jax.tree.map(replicate, StepOutput(sampled=sampled, prompt=prompt))
+            last = remember_tokens(
+                state.last_tokens, output.sampled.tokens, inputs.rows, rules=self.rules
+            )
+            state = replace(state, cache=cache, last_tokens=last, sampler=sampler)
+            return output, state
+
+        return step
+
+    def make_logits(
+        self, bucket: Bucket, empty_state: Callable[[], EngineState]
+    ) -> Callable[..., Float[Array, "tokens vocab"]]:
+        """Logits of the first batch rank's prefill tokens: (weights, packed) -> logits."""
+
+        def compute(weights: Weights, packed: Int[Array, "ranks numbers"]) -> Array:
+            decoder, state = self.decoder(weights), empty_state()
+            inputs = unpack(packed, state.last_tokens, bucket, rules=self.rules)
+            hidden, _ = decoder(
+                inputs.ids, state.cache, inputs.placement, layer_loop=self.layer_loop
+            )
+            prefilled = replicate(hidden)[bucket.decodes : bucket.tokens]
+            logits = jnp.einsum(
+                "te,ev->tv",
+                prefilled,
+                decoder.head,
+                out_sharding=self.rules.spec(None, "vocab"),
+                preferred_element_type=jnp.float32,
+            )
+            return replicate(logits)[:, : self.vocab_size]
+
+        return compute
+
+
+def unpack(
+    packed: Int[Array, "ranks numbers"],
+    last_tokens: Int[Array, "ranks slots"],
+    bucket: Bucket,
+    *,
+    rules: Rules,
+) -> StepInput:
+    """Reads each batch rank's row, and takes from the device the tokens that the host lacks."""
+
+    def body(packed: Array, last_tokens: Array) -> StepInput:
+        parts = split_fields(packed[0], bucket)
+        source = parts["token_source"]
+        newest = last_tokens[0, jnp.maximum(source, 0)]
+        decode_ids = jnp.where(source >= 0, newest, parts["ids"][: bucket.decodes])
+        unscored = jnp.full(bucket.decodes, -1, jnp.int32)
+        return StepInput(
+            ids=jnp.concatenate([decode_ids, parts["ids"][bucket.decodes :]]),
+            targets=jnp.concatenate([unscored, parts["targets"]]),
+            placement=Placement(
+                positions=parts["positions"],
+                slots=parts["cache_slots"],
+                page_table=parts["page_table"][None],
+                lengths=parts["lengths"][None],
+                prefill_start=parts["prefill_start"][None],
+            ),
+            sample_token=parts["sample_token"],
+            rows=_read_sampling(parts["sampling"]),
+        )
+
+    tokens, ranks = rules.spec("tokens"), rules.spec("requests")
+    specs = StepInput(
+        ids=tokens,
+        targets=tokens,
+        placement=Placement(
+            positions=tokens, slots=tokens, page_table=ranks, lengths=ranks, prefill_start=ranks
+        ),
+        sample_token=ranks,
+        rows=SampleRows(*(ranks for _ in SampleRows._fields)),
+    )
+    per_rank = rules.spec("requests", None)
+    with jax.named_scope("unpack"):
+        inputs = island(body, in_specs=(per_rank, per_rank), out_specs=specs)(packed, last_tokens)
+        sampler_rows = rules.spec("sampler_requests")
+        rows = SampleRows(*(jax.sharding.reshard(row, sampler_rows) for row in inputs.rows))
+        return replace(inputs, rows=rows)
+
+
+def select_rows(
+    hidden: Float[Array, "tokens embed"], index: Int[Array, "rows"], *, rules: Rules
+) -> Float[Array, "rows embed"]:
+    """The hidden states that rows sample from; `index` counts the own batch rank's tokens."""
+    return island(
+        _take,
+        in_specs=(rules.spec("tokens", None), rules.spec("requests")),
+        out_specs=rules.spec("requests", None),
+    )(hidden, index)
+
+
+def remember_tokens(
+    last_tokens: Int[Array, "ranks slots"],
+    tokens: Int[Array, "rows"],
+    rows: SampleRows,
+    *,
+    rules: Rules,
+) -> Int[Array, "ranks slots"]:
+    """Stores each sampled token at its slot; slots count over all batch ranks."""
+    ranks, slots = last_tokens.shape
+    per_rank = rules.spec("requests", None)
+
+    def body(last: Array, tokens: Array, valid: Array, slot: Array) -> Array:
+        mine = slot - axis_index(rules.axes("requests")) * slots
+        held = valid & (mine >= 0) & (mine < slots)
+        return last.at[0, jnp.where(held, mine, slots)].set(tokens, mode="drop")
+
+    row = rules.spec("requests")
+    valid, slot, tokens = (jax.sharding.reshard(x, row) for x in (rows.valid, rows.slot, tokens))
+    return island(body, in_specs=(per_rank, row, row, row), out_specs=per_rank)(
+        last_tokens, tokens, valid, slot
+    )
+
+
+def replicate(x: Array) -> Array:
+    """The whole array on every device."""
+    return jax.sharding.reshard(x, PartitionSpec())
+
+
+def _take(hidden: Array, index: Array) -> Array:
+    return hidden[index]
+
+
+def _identity(x: Any) -> Any:
+    return x
+
+
+def _read_sampling(columns: Int[Array, "rows columns"]) -> SampleRows:
+    values = []
+    for index, name in enumerate(SampleRows._fields):
+        column = columns[:, index]
+        if name in FLOAT_COLUMNS:
+            column = lax.bitcast_convert_type(column, jnp.float32)
+        elif name in ("valid", "uses_state"):
+            column = column != 0
+        elif name == "seed":
+            column = lax.bitcast_convert_type(column, jnp.uint32)
+        values.append(column)
+    return SampleRows(*values)
