@@ -198,6 +198,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_feed(self, work: Work, *, is_new: bool) -> None:
         """Tokens are fed in order, without holes, from the start or from a cached prefix."""
         request = work.request
+        assert request.status is RequestStatus.RUNNING
         if is_new:
             assert work.start % self.config.page_size == 0
             assert work.start == 0 or request.params.prompt_logprobs is None
