@@ -46,6 +46,8 @@ _PLAIN_DTYPES: Mapping[gguf.GGMLQuantizationType, Any] = {
     gguf.GGMLQuantizationType.F16: np.float16,
     gguf.GGMLQuantizationType.BF16: ml_dtypes.bfloat16,
 }
+# Few enough for the processor's cache.
+_VALUES_AT_ONCE = 1 << 17
 
 
 class GGUFCheckpoint:
@@ -89,8 +91,17 @@ def _read_values(path: Path, tensor: GGUFTensor) -> Shaped[np.ndarray, "..."]:
     if plain is not None:
         return np.memmap(path, plain, mode="r", offset=tensor.offset, shape=tensor.shape)
     stored = np.memmap(path, np.uint8, mode="r", offset=tensor.offset, shape=(tensor.num_bytes,))
-    rows = stored.reshape(*tensor.shape[:-1], -1)
-    return gguf.dequantize(rows, tensor.kind).reshape(tensor.shape)
+    block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.kind]
+    packed = stored.view(np.ndarray).reshape(-1, block_bytes)
+    values = np.empty((len(packed), block), np.float32)
+    # The library works on 16 rows at a time, which is slow where rows are short.
+    step = max(1, _VALUES_AT_ONCE // block)
+    for start in range(0, len(packed), step):
+        part = packed[start : start + step]
+        values[start : start + step] = gguf.dequantize(part.reshape(1, -1), tensor.kind).reshape(
+            -1, block
+        )
+    return values.reshape(tensor.shape)
 
 
 def _dtype_when_read(path: Path, name: str, tensor: GGUFTensor) -> np.dtype:
