@@ -1,4 +1,5 @@
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
@@ -9,8 +10,8 @@ from llmjax.engine.scheduler import Schedule, Scheduler, SchedulerConfig, Work
 EOS = 99
 
 
-def scheduler(**changes) -> Scheduler:
-    limits = {
+def scheduler(**changes: Any) -> Scheduler:
+    limits: dict[str, Any] = {
         "num_ranks": 1,
         "max_batch_size": 4,
         "max_num_tokens": 8,
@@ -277,10 +278,11 @@ def test_requests_go_to_the_rank_that_holds_the_fewest_tokens():
 
 def test_a_request_goes_to_another_rank_when_the_least_loaded_has_no_slot():
     engine = scheduler(num_ranks=2, max_batch_size=2)
-    for id, length in enumerate([5, 1, 1, 1]):
-        engine.add(request(id, [id] * length))
+    requests = [request(id, [id] * length) for id, length in enumerate([5, 1, 1, 1])]
+    for each in requests:
+        engine.add(each)
     step(engine)
-    assert [engine.cancel(id).rank for id in range(4)] == [0, 1, 1, 0]
+    assert [each.rank for each in requests] == [0, 1, 1, 0]
 
 
 def test_the_number_of_prefill_rows_is_limited():

@@ -50,7 +50,7 @@ class Device:
     def __init__(self, config: SchedulerConfig):
         self.page_size = config.page_size
         self.pages: dict[tuple[int, int, int], int] = {}
-        self.last_token: dict[tuple[int, int], int] = {}
+        self.last_token: dict[tuple[int, int | None], int] = {}
 
     def run(self, schedule: Schedule) -> dict[int, int]:
         sampled = {}
