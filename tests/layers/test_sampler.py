@@ -206,7 +206,11 @@ def ban_everything(logits, generated, position):
     return jnp.full_like(logits, -jnp.inf)
 
 
-PROCESSORS = (ban_all_but_position, ban_generated, ban_everything)
+def force_seven(logits, generated, position):
+    return logits.at[7].set(jnp.inf)
+
+
+PROCESSORS = (ban_all_but_position, ban_generated, ban_everything, force_seven)
 
 
 @pytest.mark.parametrize("plan", [ONE, EIGHT, PLANS[-2]], ids=str)
@@ -230,6 +234,13 @@ def test_a_row_without_possible_tokens_still_gives_a_token_id(temperature, sampl
     options = {"temperature": temperature, "processors": 4, "top_p": 0.5, "top_k": 3}
     tokens = sampler_on(EIGHT, 0, PROCESSORS)(random_logits(), options)[0].tokens
     np.testing.assert_array_equal(tokens, 0)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_infinite_logit_wins(temperature, sampler_on):
+    options = {"temperature": temperature, "processors": 8, "top_p": 0.5, "top_k": 3}
+    tokens = sampler_on(EIGHT, 0, PROCESSORS)(random_logits(), options)[0].tokens
+    np.testing.assert_array_equal(tokens, 7)
 
 
 def loops_outside_branches(jaxpr, inside=False):
