@@ -8,6 +8,8 @@ QUERY_BLOCK = 64
 """Queries of one row that are computed together."""
 KV_BLOCK = 256
 """Cached positions that one round of the softmax reads."""
+ROW_BLOCK = 64
+"""Rows of one group that are multiplied together."""
 
 
 def paged_attention(
@@ -119,6 +121,43 @@ def write_pages(
         k_pages.at[layer, index, slots % page].set(k.astype(k_pages.dtype), mode="drop"),
         v_pages.at[layer, index, slots % page].set(v.astype(v_pages.dtype), mode="drop"),
     )
+
+
+def grouped_gemm(
+    lhs: Float[Array, "rows k"],
+    rhs: Float[Array, "layers groups k n"],
+    group_sizes: Int[Array, "all_groups"],
+    layer: Int[Array, ""] | int,
+    *,
+    first_group: Int[Array, ""] | int = 0,
+) -> Float[Array, "rows n"]:
+    """Multiplies each group's rows with that group's matrix; rows of absent groups give 0.
+
+    Group g owns the `group_sizes[g]` rows after those of the groups before it. `rhs` holds the
+    groups from `first_group` on. Sums are float32.
+
+    The work follows the rows: one product per block of `ROW_BLOCK` rows of one group.
+    """
+    rows, groups = lhs.shape[0], rhs.shape[1]
+    block = min(rows, ROW_BLOCK)
+    ends = jnp.cumsum(group_sizes)
+    sizes = lax.dynamic_slice_in_dim(group_sizes, first_group, groups)
+    ends = lax.dynamic_slice_in_dim(ends, first_group, groups)
+    blocks = -(-sizes // block)
+    block_ends = jnp.cumsum(blocks)
+
+    def one_block(index: Array, out: Array) -> Array:
+        group = jnp.searchsorted(block_ends, index, side="right")
+        offset = (index - (block_ends - blocks)[group]) * block + jnp.arange(block)
+        row = jnp.where(offset < sizes[group], (ends - sizes)[group] + offset, rows)
+        product = jnp.dot(
+            lhs.at[row].get(mode="fill", fill_value=0),
+            rhs[layer, group],
+            preferred_element_type=jnp.float32,
+        )
+        return out.at[row].set(product.astype(out.dtype), mode="drop")
+
+    return lax.fori_loop(0, block_ends[-1], one_block, jnp.zeros((rows, rhs.shape[3]), lhs.dtype))
 
 
 def _query_blocks(

@@ -1,0 +1,161 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import pallas_kernels
+from pallas_kernels import reference
+from pallas_kernels.grouped_gemm import configs, mosaic_sm90
+from pallas_kernels.grouped_gemm.mosaic_sm90 import TileConfig
+
+TINY_TILES = {
+    "narrow": TileConfig(row_tiles=(8, 16, 24), stages=2, store_rows=16),
+    "wide": TileConfig(row_tiles=(16, 32), warpgroups=1, width=128, stages=3, store_rows=8),
+}
+SIZES = {
+    "empty groups and single rows": [3, 0, 13, 24, 1, 30],
+    "nothing but empty groups": [0, 0, 0],
+    "one group over several tiles": [0, 61, 0],
+    "aligned groups": [8, 16, 8],
+}
+
+
+def operands(seed: int, sizes: list[int], *, groups: int, k: int = 128, n: int = 128):
+    rng = np.random.default_rng(seed)
+    # Five rows belong to no group.
+    lhs = jnp.asarray(rng.normal(size=(sum(sizes) + 5, k)), jnp.bfloat16)
+    rhs = jnp.asarray(rng.normal(size=(2, groups, k, n)), jnp.bfloat16)
+    return lhs, rhs, jnp.asarray(sizes, jnp.int32)
+
+
+def exact(lhs, rhs, sizes, layer, first_group):
+    """The products group by group in float64, NaN for rows of absent groups."""
+    lhs, rhs = np.asarray(lhs, np.float64), np.asarray(rhs, np.float64)[layer]
+    out = np.full((lhs.shape[0], rhs.shape[2]), np.nan)
+    ends = np.cumsum(sizes)
+    for index, weights in enumerate(rhs):
+        group = first_group + index
+        rows = slice(ends[group] - sizes[group], ends[group])
+        out[rows] = lhs[rows] @ weights
+    return out
+
+
+def assert_close(out, want):
+    mine = ~np.isnan(want[:, 0])
+    np.testing.assert_allclose(
+        np.asarray(out, np.float64)[mine], want[mine], rtol=2**-7, atol=2**-7
+    )
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_reference_multiplies_each_group_with_its_own_matrix(sizes):
+    lhs, rhs, group_sizes = operands(0, sizes, groups=len(sizes))
+    out = reference.grouped_gemm(lhs, rhs, group_sizes, 1)
+    assert_close(out, exact(lhs, rhs, sizes, 1, 0))
+
+
+def test_reference_gives_zero_for_rows_of_absent_groups():
+    sizes = [3, 5, 2, 4]
+    lhs, rhs, group_sizes = operands(1, sizes, groups=2)
+    out = reference.grouped_gemm(lhs, rhs, group_sizes, 0, first_group=1)
+    assert_close(out, exact(lhs, rhs, sizes, 0, 1))
+    assert not np.asarray(out)[:3].any() and not np.asarray(out)[10:].any()
+
+
+@pytest.mark.parametrize("tiles", TINY_TILES.values(), ids=TINY_TILES.keys())
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_hopper_kernel_agrees_with_float64_and_has_no_race(sizes, tiles):
+    lhs, rhs, group_sizes = operands(2, sizes, groups=len(sizes))
+    out = interpret(lhs, rhs, group_sizes, 1, config=tiles)
+    assert_close(out, exact(lhs, rhs, sizes, 1, 0))
+    assert not gpu_callbacks.get_races().races_found
+
+
+def test_hopper_kernel_takes_local_groups_of_a_larger_set():
+    sizes = [1, 5, 0, 30, 2, 2]
+    lhs, rhs, group_sizes = operands(3, sizes, groups=3)
+    out = interpret(lhs, rhs, group_sizes, 0, first_group=jnp.int32(2), config=TINY_TILES["narrow"])
+    assert_close(out, exact(lhs, rhs, sizes, 0, 2))
+    # Interpreted memory starts as NaN: other groups' rows were not touched.
+    assert np.isnan(np.asarray(out)[:6]).all() and np.isnan(np.asarray(out)[38:]).all()
+
+
+def interpret(*args, **kwargs):
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    return mosaic_sm90.grouped_gemm(*args, **kwargs, num_sms=2, interpret=params)
+
+
+@pytest.mark.parametrize("config", configs.NAMED.values(), ids=configs.NAMED.keys())
+def test_every_shipped_configuration_lowers_for_cuda(config):
+    run = functools.partial(mosaic_sm90.grouped_gemm, config=config, num_sms=132)
+    arguments = (
+        jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2, 128, 2048, 1536), jnp.bfloat16),
+        jax.ShapeDtypeStruct((128,), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+def test_program_does_not_grow_with_the_number_of_groups():
+    def size(groups: int) -> int:
+        arguments = (
+            jax.ShapeDtypeStruct((64, 128), jnp.bfloat16),
+            jax.ShapeDtypeStruct((1, groups, 128, 128), jnp.bfloat16),
+            jax.ShapeDtypeStruct((groups,), jnp.int32),
+            0,
+        )
+        run = functools.partial(mosaic_sm90.grouped_gemm, config=TINY_TILES["narrow"], num_sms=132)
+        return str(jax.make_jaxpr(run)(*arguments)).count("\n")
+
+    assert size(8) == size(256)
+
+
+@pytest.mark.parametrize("rows, n", [(1, 1536), (128, 1536), (16384, 1536), (8, 64), (65536, 192)])
+def test_a_configuration_is_found_whose_columns_divide_the_matrix(rows, n):
+    assert n % configs.config_for(rows=rows, groups=8, n=n).columns == 0
+
+
+@pytest.mark.parametrize(
+    "dtype, k, n, message",
+    [
+        (jnp.float32, 128, 128, "needs bfloat16 operands, got float32 and float32"),
+        (jnp.bfloat16, 96, 128, "needs k to be a multiple of 64, got 96"),
+        (jnp.bfloat16, 128, 96, "needs n to be a multiple of 64, got 96"),
+    ],
+)
+def test_hopper_kernel_says_what_it_does_not_cover(dtype, k, n, message):
+    lhs, rhs, _ = operands(4, [8], groups=1, k=k, n=n)
+    with pytest.raises(NotImplementedError, match=message):
+        mosaic_sm90.check_covered(lhs.astype(dtype), rhs.astype(dtype), configs.NARROW)
+
+
+def test_without_a_gpu_the_reference_runs_and_the_kernel_refuses():
+    sizes = [3, 5]
+    lhs, rhs, group_sizes = operands(5, sizes, groups=2)
+    out = pallas_kernels.grouped_gemm(lhs, rhs, group_sizes, 0)
+    assert_close(out, exact(lhs, rhs, sizes, 0, 0))
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
+        pallas_kernels.grouped_gemm(lhs, rhs, group_sizes, 0, implementation="mosaic_sm90")
+
+
+def test_an_unknown_implementation_is_refused_with_the_known_ones():
+    lhs, rhs, group_sizes = operands(6, [3], groups=1)
+    with pytest.raises(ValueError, match="use None or one of mosaic_sm90, reference"):
+        pallas_kernels.grouped_gemm(lhs, rhs, group_sizes, 0, implementation="cutlass")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", configs.NAMED.keys())
+def test_on_a_gpu_every_shipped_configuration_agrees_with_float64(name):
+    sizes = np.random.default_rng(7).multinomial(1000, np.ones(16) / 16).tolist()
+    sizes[3] = 0
+    lhs, rhs, group_sizes = operands(8, sizes, groups=16, k=256, n=512)
+    config, sms = configs.NAMED[name], jax.devices()[0].core_count
+    out = mosaic_sm90.grouped_gemm(lhs, rhs, group_sizes, 1, config=config, num_sms=sms)
+    assert_close(out, exact(lhs, rhs, sizes, 1, 0))
