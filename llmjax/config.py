@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import jax.numpy as jnp
@@ -103,12 +102,14 @@ class ModelConfig:
         ):
             if not isinstance(getattr(self, key), int) or getattr(self, key) < 1:
                 raise ConfigError(
-                    f"config.json gives {key}={getattr(self, key)!r}: it must be a whole number from 1 up."
+                    f"config.json gives {key}={getattr(self, key)!r}: "
+                    "it must be a whole number from 1 up."
                 )
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"config.json gives num_attention_heads={self.num_heads}, which num_key_value_heads="
-                f"{self.num_kv_heads} does not divide: each key/value head serves the same number of query heads."
+                f"config.json gives num_attention_heads={self.num_heads}, which "
+                f"num_key_value_heads={self.num_kv_heads} does not divide: each key/value head "
+                "serves the same number of query heads."
             )
 
 
@@ -127,7 +128,7 @@ class EngineConfig:
     max_batch_size: int | None = None
     """Running requests of each batch rank; None: 8 on CPU, 256 on a GPU."""
     max_num_tokens: int | None = None
-    """Tokens of a step and batch rank, prefill and decode together; None: 512 on CPU, 8192 on a GPU."""
+    """Tokens of a step and batch rank, decodes included; None: 512 on CPU, 8192 on a GPU."""
     max_seq_len: int | None = None
     """Prompt plus generated tokens; None: the model's context, or what the KV cache holds."""
     tokens_per_block: int = 16
@@ -143,9 +144,9 @@ class EngineConfig:
     disable_overlap_scheduler: bool = False
     """Read the tokens of a step before the next one is dispatched."""
     dtype: str | None = None
-    """Type of weights, activations and KV cache; None: float32 on CPU, the checkpoint's on a GPU."""
+    """Type of weights, activations and cache; None: float32 on CPU, the checkpoint's on a GPU."""
     batch_buckets: tuple[int, ...] = ()
-    """Batch sizes a rank for which steps are compiled; empty: powers of four up to max_batch_size."""
+    """Batch sizes a rank for which steps are compiled; empty: derived from max_batch_size."""
     token_buckets: tuple[int, ...] = ()
     """Prefill tokens a rank for which steps are compiled; empty: derived from max_num_tokens."""
     layer_loop: Literal["scan", "unroll"] | None = None
@@ -212,14 +213,15 @@ class EngineConfig:
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> Self:
-        """Builds the configuration from the words of TensorRT-LLM or vLLM; unknown words are refused."""
+        """Reads options in TensorRT-LLM's or vLLM's words; unknown ones are refused by name."""
         known = {entry.name for entry in fields(cls)}
         values: dict[str, Any] = {}
         for key, value in keywords.items():
             name = ALIASES.get(key, key)
             if name not in known:
                 raise ConfigError(
-                    f"LLM() has no option {key!r}. Options: {', '.join(sorted(known | set(ALIASES)))}."
+                    f"LLM() has no option {key!r}. "
+                    f"Options: {', '.join(sorted(known | set(ALIASES)))}."
                 )
             if name in values:
                 raise ConfigError(f"{key} and {name} are the same option: give one of them.")
@@ -319,37 +321,8 @@ class SamplingParams:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "top_k", 0 if self.top_k in (None, -1) else self.top_k)
-        ranges = {
-            "n": (_is_whole(self.n) and self.n >= 1, "a whole number from 1 up"),
-            "temperature": (_is_finite(self.temperature) and self.temperature >= 0, "a number from 0 up"),
-            "top_k": (_is_whole(self.top_k) and self.top_k >= 0, "a whole number from 1 up, or 0 to keep all"),
-            "top_p": (_is_finite(self.top_p) and 0 < self.top_p <= 1, "a number above 0 and at most 1"),
-            "min_p": (_is_finite(self.min_p) and 0 <= self.min_p <= 1, "a number from 0 to 1"),
-            "repetition_penalty": (_is_finite(self.repetition_penalty) and self.repetition_penalty > 0,
-                                   "a number above 0"),
-            "presence_penalty": (_is_finite(self.presence_penalty) and abs(self.presence_penalty) <= 2,
-                                 "a number from -2 to 2"),
-            "frequency_penalty": (_is_finite(self.frequency_penalty) and abs(self.frequency_penalty) <= 2,
-                                  "a number from -2 to 2"),
-            "seed": (self.seed is None or (_is_whole(self.seed) and 0 <= self.seed < 2**63),
-                     "a whole number from 0 to 2**63 - 1, or None"),
-            "max_tokens": (self.max_tokens is None or (_is_whole(self.max_tokens) and self.max_tokens >= 1),
-                           "a whole number from 1 up, or None"),
-            "min_tokens": (_is_whole(self.min_tokens) and self.min_tokens >= 0, "a whole number from 0 up"),
-            "stop": (all(isinstance(text, str) and text for text in self.stop), "texts that are not empty"),
-            "stop_token_ids": (all(_is_whole(token) and token >= 0 for token in self.stop_token_ids),
-                               "token ids from 0 up"),
-            "logprobs": (self.logprobs is None or (_is_whole(self.logprobs) and self.logprobs >= 0),
-                         "a whole number from 0 up, or None"),
-            "prompt_logprobs": (
-                self.prompt_logprobs is None or (_is_whole(self.prompt_logprobs) and self.prompt_logprobs >= 0),
-                "a whole number from 0 up, or None"),
-            "logit_bias": (all(_is_whole(token) and token >= 0 and _is_number(bias)
-                               for token, bias in self.logit_bias.items()),
-                           "token ids from 0 up, each with a number"),
-        }  # fmt: skip
-        for key, (valid, range_text) in ranges.items():
-            _check(valid, key, getattr(self, key), range_text)
+        for key, (is_valid, range_text) in _SAMPLING_RANGES.items():
+            _check(is_valid(getattr(self, key)), key, getattr(self, key), range_text)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ConfigError(
                 f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}: "
@@ -386,5 +359,62 @@ def _is_finite(value: Any) -> bool:
     return _is_number(value) and math.isfinite(value)
 
 
-ModelPath = str | Path
-"""A folder, a GGUF file, a hub id or the name of the embedded model."""
+def _at_least(lowest: int) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        return _is_whole(value) and value >= lowest
+
+    return check
+
+
+def _absent_or(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def check_present(value: Any) -> bool:
+        return value is None or check(value)
+
+    return check_present
+
+
+def _between(lowest: float, highest: float, *, above: bool = False) -> Callable[[Any], bool]:
+    """Numbers from `lowest`, which `above` leaves out, to `highest`."""
+
+    def check(value: Any) -> bool:
+        inside = _is_finite(value) and lowest <= value <= highest
+        return inside and not (above and value == lowest)
+
+    return check
+
+
+def _are_texts(values: Any) -> bool:
+    return all(isinstance(text, str) and text for text in values)
+
+
+def _are_tokens(values: Any) -> bool:
+    return all(_is_whole(token) and token >= 0 for token in values)
+
+
+def _are_biases(values: Any) -> bool:
+    return _are_tokens(values) and all(_is_number(bias) for bias in values.values())
+
+
+def _is_seed(value: Any) -> bool:
+    return _is_whole(value) and 0 <= value < 2**63
+
+
+_SAMPLING_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "n": (_at_least(1), "a whole number from 1 up"),
+    "temperature": (_between(0, math.inf), "a number from 0 up"),
+    "top_k": (_at_least(0), "a whole number from 1 up, or 0 to keep all"),
+    "top_p": (_between(0, 1, above=True), "a number above 0 and at most 1"),
+    "min_p": (_between(0, 1), "a number from 0 to 1"),
+    "repetition_penalty": (_between(0, math.inf, above=True), "a number above 0"),
+    "presence_penalty": (_between(-2, 2), "a number from -2 to 2"),
+    "frequency_penalty": (_between(-2, 2), "a number from -2 to 2"),
+    "seed": (_absent_or(_is_seed), "a whole number from 0 to 2**63 - 1, or None"),
+    "max_tokens": (_absent_or(_at_least(1)), "a whole number from 1 up, or None"),
+    "min_tokens": (_at_least(0), "a whole number from 0 up"),
+    "stop": (_are_texts, "texts that are not empty"),
+    "stop_token_ids": (_are_tokens, "token ids from 0 up"),
+    "logprobs": (_absent_or(_at_least(0)), "a whole number from 0 up, or None"),
+    "prompt_logprobs": (_absent_or(_at_least(0)), "a whole number from 0 up, or None"),
+    "logit_bias": (_are_biases, "token ids from 0 up, each with a number"),
+}
+"""Sampling option -> whether a value is in range, and the range in words."""

@@ -38,7 +38,7 @@ class ParallelPlan:
     tp: int = 1
     """Tensor ranks."""
     attention_dp: bool | Literal["partial"] = False
-    """False: heads over ep and tp. True: requests over ep and tp. "partial": requests over ep, heads over tp."""
+    """False: heads over ep and tp. True: requests over both. "partial": requests over ep only."""
 
     def __post_init__(self) -> None:
         for axis, size in self.sizes.items():
@@ -46,8 +46,8 @@ class ParallelPlan:
                 raise PlanError(f"{axis}={size!r} is not a size: use a whole number from 1 up.")
         if self.attention_dp not in (False, True, "partial"):
             raise PlanError(
-                f"attention_dp={self.attention_dp!r} does not exist: use False (heads over ep and tp), "
-                'True (requests over ep and tp) or "partial" (requests over ep, heads over tp).'
+                f"attention_dp={self.attention_dp!r} does not exist: use False (heads over ep and "
+                'tp), True (requests over both) or "partial" (requests over ep, heads over tp).'
             )
 
     @property
@@ -89,7 +89,8 @@ class ParallelPlan:
             text = file.read_text() if file.is_file() else preset.read_text()
         except FileNotFoundError:
             raise PlanError(
-                f"The plan {str(path)!r} is neither a YAML file nor a preset ({', '.join(presets())})."
+                f"The plan {str(path)!r} is neither a YAML file nor a preset "
+                f"({', '.join(presets())})."
             ) from None
         except UnicodeDecodeError:
             raise PlanError(

@@ -79,8 +79,9 @@ class Rules:
             for axis in axes:
                 if axis in owner:
                     raise PlanError(
-                        f"A tensor with the axes {logical} cannot be placed: {owner[axis]!r} and {name!r} "
-                        f"both lie on the mesh axis {axis!r}. Give one of them another name or leave it whole."
+                        f"A tensor with the axes {logical} cannot be placed: {owner[axis]!r} and "
+                        f"{name!r} both lie on the mesh axis {axis!r}. Give one of them another "
+                        "name, or None to leave it whole."
                     )
                 owner[axis] = name
         return PartitionSpec(*(axes or None for axes in entries))

@@ -1,6 +1,7 @@
 """Devices -> Mesh: the innermost axes stay inside a host, the outermost cross hosts."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,8 +10,11 @@ from jax.sharding import AxisType, Mesh
 from meshes.axes import MESH_AXES
 from meshes.plan import ParallelPlan, PlanError
 
+# jax.Device is a variable to type checkers.
+type Device = Any
 
-def make_mesh(plan: ParallelPlan, devices: Sequence[jax.Device] | None = None) -> Mesh:
+
+def make_mesh(plan: ParallelPlan, devices: Sequence[Device] | None = None) -> Mesh:
     """Lays a plan on devices as a mesh with all five axes, each of type Explicit.
 
     A plan smaller than a single process's devices takes the first ones; with several
@@ -30,8 +34,8 @@ def make_mesh(plan: ParallelPlan, devices: Sequence[jax.Device] | None = None) -
         )
         raise PlanError(
             f"The plan ({plan}) needs {needed} devices, and {found} {devices[0].platform} "
-            f"device{'s are' if found > 1 else ' is'} here. Use smaller sizes whose product is at most {found}."
-            + (hint if devices[0].platform == "cpu" else "")
+            f"device{'s are' if found > 1 else ' is'} here. Use smaller sizes whose product is at "
+            f"most {found}." + (hint if devices[0].platform == "cpu" else "")
         )
     if processes > 1 and needed != found:
         raise PlanError(
@@ -42,5 +46,5 @@ def make_mesh(plan: ParallelPlan, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
-def _host_then_id(device: jax.Device) -> tuple[int, int]:
+def _host_then_id(device: Device) -> tuple[int, int]:
     return device.process_index, device.id

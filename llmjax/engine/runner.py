@@ -21,9 +21,9 @@ from llmjax.engine.compile import choose_buckets, compile_steps, count_pages, pi
 from llmjax.engine.request import Request
 from llmjax.engine.scheduler import Schedule, SchedulerConfig, Work
 from llmjax.engine.step import EngineState, StepMaker, StepOutput, Weights
-from llmjax.layers.kv_cache import KVCache
+from llmjax.layers.kv_cache import empty_cache
 from llmjax.layers.sampler_state import GENERATED, PROMPT, UNUSED, fill_slot, init_state
-from llmjax.models.decoder import Decoder, LayerLoop, head_slots, padded_vocab
+from llmjax.models.decoder import LayerLoop, head_slots, padded_vocab
 from llmjax.weights.model import abstract_decoder
 from meshes import Rules
 
@@ -203,7 +203,7 @@ class Runner:
     def _empty_state(self, num_pages: int) -> EngineState:
         rules, slots = self.rules, self.num_ranks * self.max_batch_size
         return EngineState(
-            cache=KVCache.zeros(self._cache_shape(num_pages), self.dtype, rules),
+            cache=empty_cache(self._cache_shape(num_pages), self.dtype, rules),
             last_tokens=jnp.zeros(
                 (self.num_ranks, self.max_batch_size),
                 jnp.int32,

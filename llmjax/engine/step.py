@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from llmjax.config import LogitsProcessor
 from llmjax.engine.batch import FLOAT_COLUMNS, Bucket, split_fields
-from llmjax.layers.kv_cache import KVCache, Placement
+from llmjax.layers.kv_cache import KVCache, Placement, placement_specs
 from llmjax.layers.logprobs import Logprobs, score
 from llmjax.layers.sampler import Sampled, SampleRows, sample
 from llmjax.layers.sampler_state import SamplerState
@@ -176,15 +176,15 @@ def unpack(
             rows=_read_sampling(parts["sampling"]),
         )
 
-    tokens, ranks = rules.spec("tokens"), rules.spec("requests")
+    # Specs stand in the places of arrays, which type checkers cannot know.
+    tokens: Any = rules.spec("tokens")
+    ranks: Any = rules.spec("requests")
     specs = StepInput(
         ids=tokens,
         targets=tokens,
-        placement=Placement(
-            positions=tokens, slots=tokens, page_table=ranks, lengths=ranks, prefill_start=ranks
-        ),
+        placement=placement_specs(rules),
         sample_token=ranks,
-        rows=SampleRows(*(ranks for _ in SampleRows._fields)),
+        rows=SampleRows._make(ranks for _ in SampleRows._fields),
     )
     per_rank = rules.spec("requests", None)
     with jax.named_scope("unpack"):

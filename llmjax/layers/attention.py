@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llmjax.config import ModelConfig
-from llmjax.layers.kv_cache import KVCache, Placement
+from llmjax.layers.kv_cache import KVCache, Placement, placement_specs
 from llmjax.layers.norm import RMSNorm
 from llmjax.layers.params import Declare
 from llmjax.layers.rope import RopeTables, apply_rope
@@ -114,17 +114,10 @@ def attend(
     grouped, single = spec("tokens", "kv_heads", None, None), spec("tokens", "kv_heads", None)
     # The layers axis is the stage's own by now.
     pages = spec(None, "pages", None, "kv_heads", None)
-    ranks = spec("requests")
-    where = Placement(
-        positions=spec("tokens"),
-        slots=spec("tokens"),
-        page_table=ranks,
-        lengths=ranks,
-        prefill_start=ranks,
-    )
+    where = placement_specs(rules)
     out, k_pages, v_pages = island(
         body,
         in_specs=(grouped, single, single, pages, pages, spec(), spec(), where),
         out_specs=(grouped, pages, pages),
     )(q, k, v, cache.k, cache.v, layer, window, placement)
-    return out, cache.updated(k_pages, v_pages)
+    return out, KVCache(k_pages, v_pages)

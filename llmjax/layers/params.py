@@ -36,7 +36,7 @@ class Declare:
     ) -> nnx.Param:
         """A weight of one layer; the stack's axis is added here.
 
-        "normal" draws with variance 1 / fan_in, so that random models keep their activations' scale.
+        "normal" draws with variance 1 / fan_in: random models then keep the scale of activations.
         """
         if self.num_layers is not None:
             shape, axes = (self.num_layers, *shape), ("layers", *axes)

@@ -98,6 +98,24 @@ def _yarn(base: np.ndarray, config: RopeConfig) -> tuple[np.ndarray, float]:
     return frequencies, yarn_scale(config.factor, 1.0)
 
 
+def _longrope(base: np.ndarray, config: RopeConfig) -> tuple[np.ndarray, float]:
+    """LongRoPE (Ding et al., 2024): each frequency has a divisor, one set for each length.
+
+    A model that was stretched uses its long set for every request, as vLLM does: a cache cannot
+    change its frequencies while a request grows.
+    """
+    divisors = np.array(config.long_factor if config.factor > 1 else config.short_factor)
+    if divisors.shape != base.shape:
+        raise ConfigError(
+            f"config.json gives {divisors.size} rope factors for {base.size} frequencies: "
+            "short_factor and long_factor need one for each."
+        )
+    if config.attention_factor is not None:
+        return base / divisors, config.attention_factor
+    growth = math.log(config.factor) if config.factor > 1 else 0.0
+    return base / divisors, math.sqrt(1 + growth / math.log(_original_length(config)))
+
+
 def yarn_scale(factor: float, mscale: float) -> float:
     """YaRN's growth of attention logits with the context's growth."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
@@ -106,8 +124,8 @@ def yarn_scale(factor: float, mscale: float) -> float:
 def _original_length(config: RopeConfig) -> int:
     if not config.original_max_position_embeddings:
         raise ConfigError(
-            f"config.json gives rope_type={config.kind!r} without original_max_position_embeddings: "
-            "add the context length before scaling."
+            f"config.json gives rope_type={config.kind!r} without "
+            "original_max_position_embeddings: add the context length before scaling."
         )
     return config.original_max_position_embeddings
 
@@ -117,5 +135,6 @@ SCALINGS: dict[str, Callable[[np.ndarray, RopeConfig], tuple[np.ndarray, float]]
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
+    "longrope": _longrope,
 }
 """Scaling rule -> frequencies and the factor on cosine and sine."""

@@ -95,7 +95,9 @@ class Decoder(nnx.Module):
 
             def run(carry, one):
                 weights, layer, window = one
-                return nnx.merge(graph, weights)(*carry, layer, window, placement, rope), None
+                x, cache = carry
+                run_layer = nnx.merge(graph, weights)
+                return run_layer(x, cache, layer, window, placement, rope), None
 
             stacked = (weights, jnp.arange(len(windows)), windows)
             # Unrolled, XLA reads each layer's weights in place; in a scan it may copy them first.

@@ -66,7 +66,9 @@ def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
     """Reads rope as `rope_parameters` or, in older files, as `rope_theta` and `rope_scaling`."""
     scaling = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    values = {"theta": float(scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0)}
+    values: dict[str, Any] = {
+        "theta": float(scaling.get("rope_theta") or hf.get("rope_theta") or 10000.0)
+    }
     values["kind"] = kind
     for key in RopeConfig.__dataclass_fields__:
         if scaling.get(key) is not None:
@@ -79,6 +81,9 @@ def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
     if kind != "default" and "original_max_position_embeddings" not in values:
         length = hf.get("original_max_position_embeddings") or hf.get("max_position_embeddings")
         values["original_max_position_embeddings"] = length
+    if kind == "longrope" and "factor" not in values:
+        longest = hf.get("max_position_embeddings", 0)
+        values["factor"] = longest / values["original_max_position_embeddings"]
     return RopeConfig(**values)
 
 

@@ -1,0 +1,396 @@
+"""The Python API: text in, text out, over a plan's mesh."""
+
+import asyncio
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float32
+from tqdm.auto import tqdm
+
+from llmjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
+from llmjax.distributed import broadcast, check_agreement
+from llmjax.engine.compile import enable_compile_cache
+from llmjax.engine.engine import Engine
+from llmjax.engine.request import Request
+from llmjax.engine.runner import Runner
+from llmjax.models.registry import find_family
+from llmjax.outputs import (
+    Completion,
+    CompletionOutput,
+    Delta,
+    RequestOutput,
+    describe_logprobs,
+)
+from llmjax.tokenizer import load_tokenizer
+from llmjax.weights import EMBEDDED_MODEL, open_checkpoint
+from llmjax.weights.model import load_model, random_model
+from meshes import ParallelPlan, PlanError, Rules, make_mesh
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text, token ids, or chat messages."""
+
+
+class LLM:
+    """A model on a mesh, ready to generate.
+
+    Args:
+        model: a Hugging Face folder, a GGUF file, a hub id, or the embedded model's name.
+        plan: a `ParallelPlan`, a YAML file of mesh axes, or a preset's name.
+        tensor_parallel_size, data_parallel_size, enable_attention_dp: a plan in other words.
+        load_format: "dummy" draws random weights and needs only a config.json.
+        progress: show bars for loading and generating.
+        options: see `llmjax.config.EngineConfig`.
+
+    Raises:
+        CheckpointError, ConfigError, PlanError: what was asked for does not exist or does not fit;
+            the sentence says what to do. Nothing large is allocated before.
+    """
+
+    def __init__(
+        self,
+        model: str | Path = EMBEDDED_MODEL,
+        *,
+        plan: ParallelPlan | str | Path | None = None,
+        tensor_parallel_size: int | None = None,
+        data_parallel_size: int | None = None,
+        enable_attention_dp: bool | None = None,
+        load_format: Literal["auto", "dummy"] = "auto",
+        progress: bool = True,
+        **options: Any,
+    ):
+        engine_config = EngineConfig.from_keywords(options)
+        self.plan = resolve_plan(
+            plan,
+            tp=tensor_parallel_size,
+            dp=data_parallel_size,
+            attention_dp=enable_attention_dp,
+        )
+        if load_format not in ("auto", "dummy"):
+            raise ConfigError(f'load_format={load_format!r} is unknown: use "auto" or "dummy".')
+        reserve_memory()
+        enable_compile_cache(engine_config.compile_cache)
+        self.progress = progress and jax.process_index() == 0
+        checkpoint = open_checkpoint(model)
+        family = find_family(checkpoint.config)
+        self.config: ModelConfig = family.read_config(checkpoint.config)
+        self.mesh: Mesh = make_mesh(self.plan)
+        self.rules = Rules(self.plan)
+        dtype = self._choose_dtype(engine_config.dtype)
+        self.tokenizer = load_tokenizer(checkpoint.path)
+        self._stop_ids = _read_stop_ids(checkpoint, self.tokenizer)
+        self._generation_config = checkpoint.generation_config
+        if load_format == "dummy":
+            weights = random_model(
+                self.config, self.rules, self.mesh, dtype=dtype, seed=engine_config.seed
+            )
+        else:
+            weights = load_model(
+                checkpoint,
+                family,
+                self.config,
+                self.rules,
+                self.mesh,
+                dtype=dtype,
+                progress=self.progress,
+            )
+        runner = Runner(self.config, self.rules, self.mesh, weights, engine_config)
+        self.engine = Engine(runner)
+        self._live: dict[int, Completion] = {}
+        self._num_requests = 0
+        # Threads and tasks share the engine: whoever waits for tokens steps it for all.
+        self._lock = threading.RLock()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Continues prompts, as many at a time as fit.
+
+        Raises:
+            ConfigError: a prompt is empty, too long or has ids the model does not know.
+        """
+        batch = _as_batch(prompts)
+        params = self._params_of_each(sampling_params, len(batch))
+        requests = self._submit(batch, params)
+        completions = [completion for group in requests for completion in group]
+        bar = tqdm(
+            total=len(batch),
+            desc="generating",
+            unit="prompt",
+            disable=not (use_tqdm and self.progress),
+        )
+        started = time.perf_counter()
+        with bar:
+            while unfinished := [one for one in completions if not one.is_finished]:
+                self._advance(unfinished[0])
+                _take_deltas(completions)
+                done = sum(all(one.is_finished for one in group) for group in requests)
+                if done > bar.n:
+                    tokens = sum(len(one.token_ids) for one in completions)
+                    rate = tokens / (time.perf_counter() - started)
+                    bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
+                    bar.update(done - bar.n)
+        check_agreement(self.engine.scheduler.digest())
+        return [self._collect(prompt, group) for prompt, group in zip(batch, requests, strict=True)]
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[Delta]:
+        """Yields text as it comes; closing the iterator ends the request and frees its memory."""
+        group = self._submit([prompt], self._params_of_each(sampling_params, 1))[0]
+        try:
+            while unfinished := [one for one in group if not one.is_finished or one.deltas]:
+                self._advance(unfinished[0])
+                yield from _take_deltas(group)
+        finally:
+            self._close(group)
+
+    async def generate_async(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> AsyncIterator[Delta]:
+        """`stream` for coroutines; any number of them share the engine's batches."""
+        group = self._submit([prompt], self._params_of_each(sampling_params, 1))[0]
+        try:
+            while unfinished := [one for one in group if not one.is_finished or one.deltas]:
+                await asyncio.to_thread(self._advance, unfinished[0])
+                for delta in _take_deltas(group):
+                    yield delta
+        finally:
+            self._close(group)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers a conversation, or several, through the model's chat template."""
+        return self.generate(messages, sampling_params, use_tqdm=use_tqdm)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's authors recommend, where its generation_config.json says so."""
+        keys = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        given = {key: self._generation_config.get(key) for key in keys}
+        return SamplingParams(**{key: value for key, value in given.items() if value is not None})
+
+    def logits(self, prompt: Prompt) -> Float32[np.ndarray, "tokens vocab"]:
+        """Logits at every position of a prompt, for looking inside; compiles for each length."""
+        return self.engine.runner.logits(self._encode(prompt))
+
+    def _choose_dtype(self, asked: str | None) -> jnp.dtype:
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        return jnp.dtype(asked or ("float32" if on_cpu else self.config.dtype))
+
+    def _params_of_each(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> list[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise ConfigError(
+                f"{len(params)} SamplingParams came with {count} prompts: "
+                "give one, or one for each."
+            )
+        return list(params)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if not len(prompt):
+            raise ConfigError("A prompt is empty: give at least one token.")
+        if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
+            return [_as_token(token) for token in prompt]
+        if self.tokenizer is None:
+            raise ConfigError("This model's folder has no tokenizer: give token ids, not text.")
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        messages: Any = prompt
+        text = self.tokenizer.apply_chat_template(messages)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _submit(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+    ) -> list[list[Completion]]:
+        """Queues all prompts or, if one of them is refused, none."""
+        encoded = [self._encode(prompt) for prompt in prompts]
+        shared = broadcast([encoded, [asdict(one) for one in params]])
+        encoded, params = shared[0], [_params_from_json(one) for one in shared[1]]
+        groups: list[list[Completion]] = []
+        with self._lock:
+            try:
+                for ids, one in zip(encoded, params, strict=True):
+                    groups.append([])
+                    for index in range(one.n):
+                        groups[-1].append(self._start(ids, one, index))
+            except ConfigError:
+                for group in groups:
+                    self._close(group)
+                raise
+        return groups
+
+    def _start(self, ids: Sequence[int], params: SamplingParams, index: int) -> Completion:
+        number, self._num_requests = self._num_requests, self._num_requests + 1
+        own_stops = () if params.ignore_eos else self._stop_ids
+        room = self.engine.scheduler.config.max_seq_len
+        request = Request(
+            id=number,
+            prompt_ids=tuple(ids),
+            params=params,
+            max_tokens=params.max_tokens or room,
+            stop_ids=frozenset((*own_stops, *params.stop_token_ids)),
+            seed=_noise_seed(params.seed, index, self.engine.runner.engine.seed, number),
+        )
+        self.engine.submit(request)
+        completion = Completion(request, index, self.tokenizer)
+        self._live[number] = completion
+        return completion
+
+    def _advance(self, completion: Completion) -> None:
+        """Steps the engine, unless someone else's step brought what is waited for."""
+        with self._lock:
+            if completion.deltas or completion.is_finished:
+                return
+            for request in self.engine.step():
+                one = self._live.get(request.id)
+                if one is not None:
+                    one.update()
+                    if one.stop_text is not None:
+                        self.engine.finish(request, one.stop_text)
+
+    def _close(self, group: Sequence[Completion]) -> None:
+        with self._lock:
+            for completion in group:
+                self._live.pop(completion.request.id, None)
+                self.engine.cancel(completion.request)
+
+    def _collect(self, prompt: Prompt, group: Sequence[Completion]) -> RequestOutput:
+        first = group[0].request
+        text = prompt if isinstance(prompt, str) else None
+        if text is None and self.tokenizer is not None and isinstance(prompt[0], Mapping):
+            text = self.tokenizer.decode(first.prompt_ids, skip_special_tokens=False)
+        scored = None
+        if first.params.prompt_logprobs is not None:
+            entries = self.engine.logprobs(first)[1]
+            scored = (None, *(describe_logprobs(entry, self.tokenizer) for entry in entries))
+        output = RequestOutput(
+            prompt=text,
+            prompt_token_ids=first.prompt_ids,
+            prompt_logprobs=scored,
+            outputs=tuple(self._describe(one) for one in group),
+            num_cached_tokens=first.num_cached,
+        )
+        self._close(group)
+        return output
+
+    def _describe(self, completion: Completion) -> CompletionOutput:
+        request = completion.request
+        logprobs = total = None
+        if request.params.logprobs is not None:
+            entries = self.engine.logprobs(request)[0][: len(completion.token_ids)]
+            logprobs = tuple(describe_logprobs(entry, self.tokenizer) for entry in entries)
+            total = sum(entry.logprob for entry in entries)
+        return CompletionOutput(
+            index=completion.index,
+            text=completion.text,
+            token_ids=tuple(completion.token_ids),
+            logprobs=logprobs,
+            cumulative_logprob=total,
+            finish_reason=completion.finish_reason,
+            stop_reason=completion.stop_text or request.stop_reason,
+        )
+
+
+def resolve_plan(
+    plan: ParallelPlan | str | Path | None,
+    *,
+    tp: int | None,
+    dp: int | None,
+    attention_dp: bool | None,
+) -> ParallelPlan:
+    """A plan from whichever words were used.
+
+    Raises:
+        PlanError: both a plan and sizes were given, or the plan needs what does not exist yet.
+    """
+    words = {"tp": tp, "dp": dp, "attention_dp": attention_dp}
+    given = {key: value for key, value in words.items() if value is not None}
+    if plan is not None and given:
+        raise PlanError(
+            f"A plan and {', '.join(given)} were given: "
+            "put the sizes into the plan, or leave it out."
+        )
+    if plan is None:
+        plan = ParallelPlan(**given)
+    elif not isinstance(plan, ParallelPlan):
+        plan = ParallelPlan.from_yaml(plan)
+    for axis, meaning in (("pp", "pipeline"), ("cp", "context")):
+        if plan.sizes[axis] > 1:
+            raise PlanError(
+                f"{axis}={plan.sizes[axis]}: {meaning} parallelism does not run yet, use {axis}=1."
+            )
+    return plan
+
+
+def reserve_memory() -> None:
+    """Lets JAX take most of a GPU's memory, unless the user or a running backend decided."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
+
+
+def _read_stop_ids(checkpoint: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Stop tokens of the checkpoint's generation settings, its configuration and its tokenizer."""
+    ids: list[int] = []
+    for source in (checkpoint.generation_config, checkpoint.config):
+        value = source.get("eos_token_id")
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+    ids += tokenizer.stop_ids if tokenizer else ()
+    return tuple(dict.fromkeys(ids))
+
+
+def _as_batch(prompts: Any) -> list[Prompt]:
+    """A list of prompts from one prompt or several."""
+    if isinstance(prompts, str):
+        return [prompts]
+    prompts = list(prompts)
+    one = bool(prompts) and isinstance(prompts[0], int | np.integer | Mapping)
+    return [prompts] if one else prompts
+
+
+def _as_token(token: Any) -> int:
+    if isinstance(token, int | np.integer) and not isinstance(token, bool):
+        return int(token)
+    raise ConfigError(
+        f"A prompt holds {token!r}: give text, a list of token ids, or a list of chat messages."
+    )
+
+
+def _params_from_json(values: dict[str, Any]) -> SamplingParams:
+    # JSON turns the token ids of a bias into texts.
+    bias = {int(token): value for token, value in values["logit_bias"].items()}
+    return SamplingParams(**{**values, "logit_bias": bias})
+
+
+def _noise_seed(seed: int | None, index: int, engine_seed: int, number: int) -> int:
+    """32 bits: the same for the same seed and completion, else different for every request."""
+    text = f"{engine_seed} {number}" if seed is None else f"{seed} {index}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+
+def _take_deltas(group: Sequence[Completion]) -> list[Delta]:
+    return [one.deltas.popleft() for one in group for _ in range(len(one.deltas))]

@@ -1,0 +1,164 @@
+"""What users get back, and the text that grows while tokens come in."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from llmjax.engine.engine import TokenLogprobs
+from llmjax.engine.request import Request
+from llmjax.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logprob:
+    """One token's log-probability at one position."""
+
+    logprob: float
+    """Under the unmodified logits."""
+    rank: int
+    """One more than the number of likelier tokens."""
+    decoded_token: str | None
+    """The token as text, where there is a tokenizer."""
+
+
+PositionLogprobs = Mapping[int, Logprob]
+"""Token id -> log-probability: the token that stands there, then the likeliest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionOutput:
+    """One continuation of a prompt."""
+
+    index: int
+    """Which of the prompt's `n` completions."""
+    text: str
+    """Its text, without stop texts and special tokens; empty without a tokenizer."""
+    token_ids: tuple[int, ...]
+    """Generated ids, the stop token included."""
+    logprobs: tuple[PositionLogprobs, ...] | None
+    """One entry a token, where asked for."""
+    cumulative_logprob: float | None
+    """Sum of the tokens' log-probabilities, where asked for."""
+    finish_reason: str | None
+    """stop, length or abort; None while it runs."""
+    stop_reason: int | str | None
+    """The stop text or stop token id that ended it; None for the model's own end."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestOutput:
+    """A prompt and its completions."""
+
+    prompt: str | None
+    """The prompt's text; None where token ids were given."""
+    prompt_token_ids: tuple[int, ...]
+    """The prompt's ids."""
+    prompt_logprobs: tuple[PositionLogprobs | None, ...] | None
+    """One entry a prompt token, None for the first; only where asked for."""
+    outputs: tuple[CompletionOutput, ...]
+    """`n` completions."""
+    num_cached_tokens: int
+    """Prompt tokens of the first completion found in the prefix cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """What a stream yields: new text and its tokens."""
+
+    index: int
+    """Which of the prompt's `n` completions."""
+    text: str
+    """Text that is certain by now; the deltas of a completion join to its text."""
+    token_ids: tuple[int, ...]
+    """New token ids."""
+    finish_reason: str | None
+    """Set on the last delta of a completion."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Completion:
+    """Follows one request: decodes its tokens, looks for stop texts, keeps deltas for a stream."""
+
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None):
+        self.request, self.index = request, index
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.stop_text: str | None = None
+        self.deltas: deque[Delta] = deque()
+        params = request.params
+        self._decoder = StreamDecoder(tokenizer, params.skip_special_tokens) if tokenizer else None
+        self._seen = 0
+        self._held = ""
+        self.token_ids: list[int] = []
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its last delta is out."""
+        return self.finish_reason is not None
+
+    def update(self) -> None:
+        """Takes in the request's new tokens; sets `stop_text` when one is reached."""
+        if self.is_finished:
+            return
+        request, params = self.request, self.request.params
+        new = request.output_ids[self._seen :]
+        self._seen += len(new)
+        self.token_ids += new
+        ended = request.is_finished
+        shown = new
+        # The token that stopped generation is no part of the text.
+        if ended and request.finish_reason == "stop" and not params.include_stop_str_in_output:
+            shown = new[:-1]
+        text = self._held
+        if self._decoder is not None:
+            text += self._decoder.push(shown)
+            text += self._decoder.flush() if ended else ""
+        text = self._cut_at_stop(text)
+        if self.stop_text is not None or ended:
+            self._held = ""
+            self.finish_reason = "stop" if self.stop_text is not None else request.finish_reason
+        else:
+            self._held = text[len(text) - _held_back(text, params.stop) :]
+            text = text[: len(text) - len(self._held)]
+        self.text += text
+        if text or new or self.is_finished:
+            self.deltas.append(
+                Delta(
+                    index=self.index,
+                    text=text,
+                    token_ids=tuple(new),
+                    finish_reason=self.finish_reason,
+                )
+            )
+
+    def _cut_at_stop(self, text: str) -> str:
+        found = [(text.find(stop), stop) for stop in self.request.params.stop if stop in text]
+        if not found:
+            return text
+        place, self.stop_text = min(found)
+        kept = len(self.stop_text) if self.request.params.include_stop_str_in_output else 0
+        return text[: place + kept]
+
+
+def _held_back(text: str, stops: Sequence[str]) -> int:
+    """Length of the text's end that a stop text may begin with."""
+    longest = 0
+    for stop in stops:
+        for length in range(min(len(stop) - 1, len(text)), longest, -1):
+            if text.endswith(stop[:length]):
+                longest = length
+                break
+    return longest
+
+
+def describe_logprobs(entry: TokenLogprobs, tokenizer: Tokenizer | None) -> PositionLogprobs:
+    """Maps token ids to log-probabilities: the token at the position, then the likeliest."""
+    listed = [(entry.token, entry.logprob, entry.rank)]
+    listed += [(token, logprob, rank) for rank, (token, logprob) in enumerate(entry.top, 1)]
+    described: dict[int, Logprob] = {}
+    for token, logprob, rank in listed:
+        text = tokenizer.token_text(token) if tokenizer else None
+        described.setdefault(token, Logprob(logprob=logprob, rank=rank, decoded_token=text))
+    return described
