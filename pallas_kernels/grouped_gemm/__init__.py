@@ -46,7 +46,9 @@ def grouped_gemm(
         try:
             if not _is_hopper(device):
                 raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
-            config = config_for(rows=lhs.shape[0], groups=group_sizes.shape[0], n=rhs.shape[3])
+            config = config_for(
+                rows=lhs.shape[0], groups=group_sizes.shape[0], k=rhs.shape[2], n=rhs.shape[3]
+            )
             mosaic_sm90.check_covered(lhs, rhs, config)
         except NotImplementedError as error:
             if implementation is not None:

@@ -118,7 +118,7 @@ def test_program_does_not_grow_with_the_number_of_groups():
 
 @pytest.mark.parametrize("rows, n", [(1, 1536), (128, 1536), (16384, 1536), (8, 64), (65536, 192)])
 def test_a_configuration_is_found_whose_columns_divide_the_matrix(rows, n):
-    assert n % configs.config_for(rows=rows, groups=8, n=n).columns == 0
+    assert n % configs.config_for(rows=rows, groups=8, k=2048, n=n).columns == 0
 
 
 @pytest.mark.parametrize(

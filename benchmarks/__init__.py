@@ -1,0 +1,1 @@
+"""Measurements of the kernels beside every contender that the machine can run."""

@@ -1,0 +1,253 @@
+# pyright: reportMissingImports=false
+"""Grouped GEMM at the shapes of three mixture-of-experts models, ours beside the contenders.
+
+Group sizes come from uniform and from Zipf routing, with the same seed for everyone. Outputs are
+compared with float32 on sampled rows (the first and last of groups among them) after the memory
+they will land in was filled with NaN, and must be finite everywhere.
+"""
+
+import functools
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from benchmarks import timing
+from pallas_kernels.grouped_gemm import configs, mosaic_sm90
+
+DISTRIBUTIONS = ("uniform", "zipf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One product of a model's expert layer."""
+
+    name: str
+    groups: int
+    k: int
+    n: int
+    rows: int
+    """Rows of all groups together."""
+    top_k: int | None = None
+    """Experts that a token visits; None where rows are drawn one by one (one rank of many)."""
+
+    def group_sizes(self, distribution: str, seed: int = 0) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        weights = np.ones(self.groups)
+        if distribution == "zipf":
+            weights = rng.permutation(1 / np.arange(1, self.groups + 1))
+        if self.top_k is None:
+            return rng.multinomial(self.rows, weights / weights.sum()).astype(np.int32)
+        noise = rng.gumbel(size=(self.rows // self.top_k, self.groups))
+        chosen = np.argpartition(-np.log(weights) - noise, self.top_k - 1)[:, : self.top_k]
+        return np.bincount(chosen.ravel(), minlength=self.groups).astype(np.int32)
+
+    def flops(self) -> float:
+        return 2.0 * self.rows * self.k * self.n
+
+    def bytes(self, group_sizes: np.ndarray) -> float:
+        used = int((group_sizes > 0).sum())
+        return 2.0 * (used * self.k * self.n + self.rows * (self.k + self.n))
+
+    def arguments(self) -> list[jax.ShapeDtypeStruct]:
+        return [
+            jax.ShapeDtypeStruct((self.rows, self.k), jnp.bfloat16),
+            jax.ShapeDtypeStruct((1, self.groups, self.k, self.n), jnp.bfloat16),
+            jax.ShapeDtypeStruct((self.groups,), jnp.int32),
+        ]
+
+
+def _qwen(tokens: int, projection: str = "up") -> Shape:
+    k, n = (2048, 1536) if projection == "up" else (768, 2048)
+    name = f"Qwen3-30B-A3B {projection}, {tokens} tokens"
+    return Shape(name=name, groups=128, k=k, n=n, rows=tokens * 8, top_k=8)
+
+
+def _mixtral(tokens: int) -> Shape:
+    name = f"Mixtral up, {tokens} tokens"
+    return Shape(name=name, groups=8, k=4096, n=28672, rows=tokens * 2, top_k=2)
+
+
+def _deepseek(rows: int, projection: str = "up") -> Shape:
+    k, n = (7168, 4096) if projection == "up" else (2048, 7168)
+    name = f"DeepSeek-V3 rank of 32 {projection}, {rows} rows an expert"
+    return Shape(name=name, groups=8, k=k, n=n, rows=rows * 8)
+
+
+SHAPES = (
+    *(_qwen(tokens) for tokens in (16, 64, 256, 2048, 8192)),
+    _qwen(64, "down"),
+    _qwen(2048, "down"),
+    *(_mixtral(tokens) for tokens in (16, 256, 8192)),
+    *(_deepseek(rows) for rows in (4, 32, 256, 1024)),
+    _deepseek(32, "down"),
+)
+
+
+def programs(shape: Shape, *, tune: bool, num_sms: int) -> Iterator[tuple[str, Callable]]:
+    """Name and function of each JAX contender; `llmjax` is what ships, the rest of ours tuning."""
+    mean = shape.rows / shape.groups
+    shipped = configs.config_for(rows=shape.rows, groups=shape.groups, k=shape.k, n=shape.n)
+    for name, config in configs.NAMED.items():
+        plausible = config.max_rows <= 32 if mean <= 24 else config.max_rows > 32
+        if config == shipped or (tune and plausible and shape.n % config.columns == 0):
+            run = functools.partial(
+                mosaic_sm90.grouped_gemm, layer=0, config=config, num_sms=num_sms
+            )
+            yield "llmjax" if config == shipped else f"llmjax, {name} tiles", run
+    yield from _jax_own(mean)
+    if importlib.util.find_spec("tokamax"):
+        yield from _tokamax(mean, num_sms)
+
+
+def _jax_own(mean: float) -> Iterator[tuple[str, Callable]]:
+    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
+
+    tiles = (64, 128, 64, 6, 1) if mean <= 64 else (64, 256, 64, 4, 4)
+    names = ("block_m", "block_n", "block_k", "max_concurrent_steps", "grid_block_n")
+
+    def run(lhs, rhs, sizes):
+        options = dict(zip(names, tiles, strict=True))
+        return ragged_dot_mgpu.ragged_dot(lhs, rhs[0], group_sizes=sizes, **options)
+
+    yield "JAX ragged_dot_mgpu " + "x".join(map(str, tiles)), run
+
+
+def _tokamax(mean: float, num_sms: int) -> Iterator[tuple[str, Callable]]:
+    from jax.extend import backend
+    from tokamax._src.ops.ragged_dot import pallas_mosaic_gpu_common as common
+    from tokamax._src.ops.ragged_dot import pallas_mosaic_gpu_kernel_sm90 as kernel
+
+    small = [(64, 64, 128, 4, 1, 1), (64, 128, 64, 5, 0, 1)]
+    large = [(128, 128, 64, 4, 1, 4), (64, 256, 64, 4, 1, 4)]
+    for m, n, k, stages, minor, width in small if mean <= 64 else large:
+        config = common.Config(
+            block_m=m, block_n=n, block_k=k, num_stages=stages, split_k=1, persistent=True,
+            grid_minor_dim=common.MatmulDimension(minor), grid_tile_width=width,
+        )  # fmt: skip
+
+        def run(lhs, rhs, sizes, config=config):
+            # It asks the default device for its size, which a machine without a GPU cannot say.
+            device = mock.Mock(core_count=num_sms, compute_capability="9.0", platform="gpu")
+            with mock.patch.object(backend, "get_default_device", return_value=device):
+                return kernel.ragged_dot_kernel(lhs, rhs[0], sizes, jnp.dtype(jnp.bfloat16), config)
+
+        yield f"tokamax Mosaic {m}x{n}x{k}x{stages}", run
+
+
+def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
+    """Writes every JAX program of the benchmark into a folder."""
+    for index, shape in enumerate(SHAPES):
+        for name, function in programs(shape, tune=tune, num_sms=num_sms):
+            path = folder / f"{index:02d}~{name}.bin"
+            if path.exists():
+                continue
+            try:
+                path.write_bytes(timing.lower_program(function, shape.arguments()))
+            except Exception as error:  # A contender that does not lower is left out, aloud.
+                print(f"{shape.name}: {name} does not lower: {str(error)[:200]}", flush=True)
+
+
+def compile_all(folder: Path) -> dict[tuple[int, str], jax.stages.Compiled | Exception]:
+    """Compiles the programs of a folder, side by side, by number of the shape and name."""
+    paths = sorted(folder.glob("*.bin"))
+    with ThreadPoolExecutor(16) as pool:
+        compiled = list(pool.map(_compile, paths))
+    names = [path.stem.split("~") for path in paths]
+    return {(int(i), name): program for (i, name), program in zip(names, compiled, strict=True)}
+
+
+def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list[dict]:
+    """A row for every program on every distribution, while time is left."""
+    deadline = time.monotonic() + seconds
+    rows = []
+    for index, shape in enumerate(SHAPES):
+        if time.monotonic() < deadline:
+            mine = {name: program for (i, name), program in compiled.items() if i == index}
+            rows += _measure_shape(shape, mine, limits)
+    return rows
+
+
+def _compile(path: Path) -> jax.stages.Compiled | Exception:
+    try:
+        return timing.compile_program(path)
+    except Exception as error:  # A contender that does not compile is a row, not the end.
+        return error
+
+
+def _measure_shape(shape: Shape, compiled: dict, limits: dict[str, float]) -> list[dict]:
+    keys = jax.random.split(jax.random.key(time.time_ns() % 2**31), 2)
+    lhs = jax.random.normal(keys[0], (shape.rows, shape.k), jnp.bfloat16)
+    rhs = jax.random.normal(keys[1], (1, shape.groups, shape.k, shape.n), jnp.bfloat16)
+    rhs = rhs * jnp.bfloat16(shape.k**-0.5)
+    rows = []
+    for distribution in DISTRIBUTIONS:
+        sizes = shape.group_sizes(distribution)
+        picked, groups = sample_rows(sizes)
+        want = _exact_rows(lhs, rhs, picked, groups)
+        for name, program in compiled.items():
+            row: dict = {"shape": shape.name, "distribution": distribution, "contender": name}
+            try:
+                if isinstance(program, Exception):
+                    raise program
+                arguments = (lhs, rhs, jnp.asarray(sizes))
+                row["error"] = _error(program, arguments, shape, picked, want)
+                us = timing.kernel_microseconds(program, *arguments)
+                row |= rates(shape, sizes, us, limits)
+            except Exception as error:
+                row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+            print(*row.values(), flush=True)
+            rows.append(row)
+    return rows
+
+
+def sample_rows(sizes: np.ndarray, count: int = 32) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers and their groups: first and last of some groups, then any."""
+    rng = np.random.default_rng(1)
+    ends = np.cumsum(sizes)
+    some = rng.permutation(np.flatnonzero(sizes))[: count // 2]
+    edges = np.concatenate([(ends - sizes)[some], ends[some] - 1])
+    rows = np.concatenate([edges, rng.integers(ends[-1], size=count - len(edges))])
+    return rows, np.searchsorted(ends, rows, side="right")
+
+
+@jax.jit
+def _exact_rows(lhs, rhs, rows, groups):
+    def one(pair):
+        row, group = pair
+        weights = rhs[0, group].astype(jnp.float32)
+        return jnp.dot(lhs[row].astype(jnp.float32), weights, precision="highest")
+
+    return lax.map(one, (rows, groups))
+
+
+def _error(program, arguments, shape: Shape, picked: np.ndarray, want: jax.Array) -> float:
+    """Relative error of the sampled rows, NaN if anything is not finite."""
+    poison = jnp.full((shape.rows, shape.n), jnp.nan, jnp.bfloat16)
+    poison.block_until_ready()
+    del poison
+    out = program(*arguments)
+    finite = jnp.isfinite(jnp.sum(out, dtype=jnp.float32))
+    difference = out[picked].astype(jnp.float32) - want
+    error = jnp.linalg.norm(difference) / jnp.linalg.norm(want)
+    return float(jnp.where(finite, error, jnp.nan))
+
+
+def rates(shape: Shape, sizes: np.ndarray, us: float, limits: dict[str, float]) -> dict:
+    """Time, rates, and the share of the roofline max(FLOP / rate, bytes / copy rate)."""
+    flops, moved = shape.flops(), shape.bytes(sizes)
+    floor = max(flops / limits["tflops"] / 1e6, moved / limits["copy_gbps"] / 1e3)
+    return {
+        "us": round(us, 1),
+        "gbps": round(moved / us / 1e3),
+        "tflops": round(flops / us / 1e6, 1),
+        "roofline_pct": round(100 * floor / us, 1),
+    }
