@@ -28,7 +28,7 @@ EDGE_LAYOUT = plgpu.Layout.TILED(
 
 @dataclass(frozen=True, kw_only=True)
 class TileConfig:
-    """How one product is cut; `for_shape` holds the tuned choices."""
+    """How one product is cut; `configs.py` holds the tuned choices."""
 
     row_tiles: tuple[int, ...]
     """Row counts that a tile may have, ascending: each is compiled, the smallest that fits runs."""
@@ -173,7 +173,7 @@ def _for_each_tile(
 
     Tiles are numbered group by group, then by columns, then by rows, so that neighbours in time
     share weights. Each worker takes every num_workers-th. Groups are walked, not searched: their
-    sizes stay in the cache, and only the loading warps pay, ahead of the tensor cores.
+    sizes stay in the first-level cache, and loading runs ahead of the products by some steps.
     """
     workers = lax.axis_size("worker")
     column_tiles = n // config.columns
