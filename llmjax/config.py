@@ -150,7 +150,7 @@ class EngineConfig:
     token_buckets: tuple[int, ...] = ()
     """Prefill tokens a rank for which steps are compiled; empty: derived from max_num_tokens."""
     layer_loop: Literal["scan", "unroll"] | None = None
-    """How layers run; None: what measured faster on the backend."""
+    """How layers run; None: a scan, which compiles once what all layers share."""
     compile_cache: bool | str = True
     """Keep compiled programs in the user's cache folder, in the named folder, or not at all."""
     compiler_options: Mapping[str, Any] = field(default_factory=dict)

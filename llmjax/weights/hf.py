@@ -48,9 +48,10 @@ class _Location:
 class HFCheckpoint:
     """A folder of safetensors; tensors are read as views of the mapped files."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, needs_weights: bool = True):
+        """Opens a folder; without `needs_weights` a config.json is enough, and tensors are empty."""
         self.path = path
-        files = _find_weights(path)
+        files = _find_weights(path) if needs_weights else []
         self.config = read_json(path / "config.json")
         generation = path / "generation_config.json"
         self.generation_config = read_json(generation) if generation.exists() else {}
