@@ -112,8 +112,8 @@ draw_shards(layouts[2], "layers.attention.qkv")
 
 # %% [markdown]
 # The KV cache is split over the same slots, and its pages over batch ranks. Under `dp=2,tp=4` each
-# device holds half of the pages of one slot. Full attention data parallelism does not split heads: a
-# rank holds all heads of its own requests, so nothing is padded and nothing is stored twice.
+# device holds half of the pages of one slot. Full attention data parallelism does not split heads:
+# a rank holds all heads of its own requests, so nothing is padded and nothing is stored twice.
 
 # %%
 draw_shards(layouts[2], "kv_cache")
