@@ -4,7 +4,7 @@ import gzip
 import json
 import re
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 import jax
@@ -39,10 +39,10 @@ def measure_parts(llm: LLM, batch: int, prompt: int, new: int) -> dict[str, floa
         events = read_events(Path(folder))
     for stream in streams:
         stream.close()
-    totals: Counter[str] = Counter()
+    totals: defaultdict[str, float] = defaultdict(float)
     for operation, microseconds in events:
         totals[scope_of.get(operation, "other")] += microseconds
-    return {part: total / steps / 1e3 for part, total in totals.most_common()}
+    return {part: total / steps / 1e3 for part, total in sorted(totals.items())}
 
 
 def read_scopes(program: str) -> dict[str, str]:

@@ -131,8 +131,8 @@ class EngineConfig:
     """Tokens of a step and batch rank, decodes included; None: 512 on CPU, 8192 on a GPU."""
     max_seq_len: int | None = None
     """Prompt plus generated tokens; None: the model's context, or what the KV cache holds."""
-    tokens_per_block: int = 16
-    """Tokens of a page of the KV cache."""
+    tokens_per_block: int | None = None
+    """Tokens of a page of the KV cache; None: 16 on CPU, 64 on a GPU."""
     enable_block_reuse: bool = True
     """Share pages between requests with the same prefix."""
     enable_chunked_prefill: bool = True
@@ -163,53 +163,8 @@ class EngineConfig:
     """Seeds requests that bring no seed of their own."""
 
     def __post_init__(self) -> None:
-        for key in ("max_batch_size", "max_num_tokens", "max_seq_len", "kv_cache_max_tokens"):
-            value = getattr(self, key)
-            if value is not None:
-                _check(
-                    _is_whole(value) and value >= 1, key, value, "a whole number from 1 up, or None"
-                )
-        _check(
-            _is_whole(self.tokens_per_block) and self.tokens_per_block >= 1,
-            "tokens_per_block",
-            self.tokens_per_block,
-            "a whole number from 1 up",
-        )
-        _check(
-            0 < self.free_gpu_memory_fraction <= 1,
-            "free_gpu_memory_fraction",
-            self.free_gpu_memory_fraction,
-            "a number above 0 and at most 1",
-        )
-        _check(
-            self.layer_loop in (None, "scan", "unroll"),
-            "layer_loop",
-            self.layer_loop,
-            '"scan", "unroll" or None',
-        )
-        _check(
-            _is_whole(self.max_logprobs) and self.max_logprobs >= 0,
-            "max_logprobs",
-            self.max_logprobs,
-            "a whole number from 0 up",
-        )
-        if self.dtype is not None:
-            _check(self.dtype in DTYPES, "dtype", self.dtype, ", ".join(DTYPES))
-        _check(
-            len(self.logits_processors) <= 31,
-            "logits_processors",
-            len(self.logits_processors),
-            "at most 31 functions",
-        )
-        for key in ("batch_buckets", "token_buckets"):
-            sizes = getattr(self, key)
-            _check(
-                all(_is_whole(size) and size >= 1 for size in sizes)
-                and list(sizes) == sorted(set(sizes)),
-                key,
-                sizes,
-                "rising whole numbers from 1 up",
-            )
+        for key, (is_valid, range_text) in _ENGINE_RANGES.items():
+            _check(is_valid(getattr(self, key)), key, getattr(self, key), range_text)
 
     @classmethod
     def from_keywords(cls, keywords: Mapping[str, Any]) -> Self:
@@ -398,6 +353,45 @@ def _are_biases(values: Any) -> bool:
 def _is_seed(value: Any) -> bool:
     return _is_whole(value) and 0 <= value < 2**63
 
+
+def _is_one_of(*values: Any) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        return value in values
+
+    return check
+
+
+def _are_rising(values: Any) -> bool:
+    whole = all(_is_whole(size) and size >= 1 for size in values)
+    return whole and list(values) == sorted(set(values))
+
+
+def _are_few(values: Any) -> bool:
+    return len(values) <= 31
+
+
+_COUNT_OR_NONE = (_absent_or(_at_least(1)), "a whole number from 1 up, or None")
+_RISING = (_are_rising, "rising whole numbers from 1 up")
+
+_ENGINE_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_batch_size": _COUNT_OR_NONE,
+    "max_num_tokens": _COUNT_OR_NONE,
+    "max_seq_len": _COUNT_OR_NONE,
+    "tokens_per_block": _COUNT_OR_NONE,
+    "kv_cache_max_tokens": _COUNT_OR_NONE,
+    "free_gpu_memory_fraction": (
+        _between(0, 1, above=True),
+        "a number above 0 and at most 1",
+    ),
+    "layer_loop": (_is_one_of(None, "scan", "unroll"), '"scan", "unroll" or None'),
+    "max_logprobs": (_at_least(0), "a whole number from 0 up"),
+    "dtype": (_is_one_of(None, *DTYPES), ", ".join(DTYPES)),
+    "logits_processors": (_are_few, "at most 31 functions"),
+    "batch_buckets": _RISING,
+    "token_buckets": _RISING,
+    "seed": (_is_seed, "a whole number from 0 to 2**63 - 1"),
+}
+"""Engine option -> whether a value is in range, and the range in words."""
 
 _SAMPLING_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "n": (_at_least(1), "a whole number from 1 up"),

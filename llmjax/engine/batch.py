@@ -4,7 +4,7 @@ The array is `[ranks, numbers]`; each batch rank reads its own row. The same tab
 the host its views to fill and the step its slices to read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -101,39 +101,49 @@ def pack_schedule(
             parts[name].fill(-1)
         decodes = [work for work in works if work.is_decode]
         prefills = [work for work in works if not work.is_decode]
-        for row, work in enumerate(decodes):
-            _pack_work(parts, work, row, row, page_size)
-            if work.token_on_device:
-                parts["token_source"][row] = work.request.slot
-        start = bucket.decodes
-        for index, work in enumerate(prefills):
-            _pack_work(parts, work, bucket.decodes + index, start, page_size)
-            _pack_targets(parts["targets"], work, start - bucket.decodes)
-            start += work.count
-            parts["prefill_start"][index + 1 :] = start - bucket.decodes
-        for row, work in [*enumerate(decodes), *enumerate(prefills, bucket.decodes)]:
-            if work.samples:
-                columns = parts["sampling"][row]
-                columns[:] = sampling_of(work.request)
-                columns[COLUMN["valid"]] = 1
-                columns[COLUMN["position"]] = work.start + work.count
-                columns[COLUMN["slot"]] = rank * max_batch_size + (work.request.slot or 0)
+        _pack_decodes(parts, decodes, page_size)
+        _pack_prefills(parts, prefills, bucket, page_size)
+        rows = [*enumerate(decodes), *enumerate(prefills, bucket.decodes)]
+        _pack_sampling(parts["sampling"], rows, rank * max_batch_size, sampling_of)
     return packed
 
 
-def _pack_work(parts: dict[str, Any], work: Work, row: int, first: int, page_size: int) -> None:
-    stop = work.start + work.count
-    known = work.request.token_ids[work.start : stop]
-    parts["ids"][first : first + len(known)] = known
-    positions = np.arange(work.start, stop)
-    parts["positions"][first : first + work.count] = positions
-    pages = np.asarray(work.pages)
-    parts["cache_slots"][first : first + work.count] = (
-        pages[positions // page_size] * page_size + positions % page_size
-    )
-    parts["page_table"][row, : len(pages)] = pages
-    parts["lengths"][row] = stop
-    parts["sample_token"][row] = first + work.count - 1
+def _pack_decodes(parts: dict[str, Any], works: Sequence[Work], page_size: int) -> None:
+    """All decode rows at once: a step may have hundreds, and the devices wait for this."""
+    count = len(works)
+    if not count:
+        return
+    starts = np.array([work.start for work in works])
+    last_pages = np.array([work.pages[-1] for work in works])
+    for row, work in enumerate(works):
+        parts["page_table"][row, : len(work.pages)] = work.pages
+        if work.token_on_device:
+            parts["token_source"][row] = work.request.slot
+        else:
+            parts["ids"][row] = work.request.token_ids[work.start]
+    parts["positions"][:count] = starts
+    parts["cache_slots"][:count] = last_pages * page_size + starts % page_size
+    parts["lengths"][:count] = starts + 1
+    parts["sample_token"][:count] = np.arange(count)
+
+
+def _pack_prefills(
+    parts: dict[str, Any], works: Sequence[Work], bucket: Bucket, page_size: int
+) -> None:
+    first = bucket.decodes
+    for row, work in enumerate(works, bucket.decodes):
+        stop, after = work.start + work.count, first + work.count
+        positions, pages = np.arange(work.start, stop), np.array(work.pages)
+        parts["ids"][first:after] = work.request.token_ids[work.start : stop]
+        parts["positions"][first:after] = positions
+        slots = pages[positions // page_size] * page_size + positions % page_size
+        parts["cache_slots"][first:after] = slots
+        parts["page_table"][row, : len(pages)] = pages
+        parts["lengths"][row] = stop
+        parts["sample_token"][row] = after - 1
+        _pack_targets(parts["targets"], work, first - bucket.decodes)
+        parts["prefill_start"][row - bucket.decodes + 1 :] = after - bucket.decodes
+        first = after
 
 
 def _pack_targets(targets: np.ndarray, work: Work, first: int) -> None:
@@ -142,6 +152,23 @@ def _pack_targets(targets: np.ndarray, work: Work, first: int) -> None:
         return
     following = work.request.prompt_ids[work.start + 1 : work.start + work.count + 1]
     targets[first : first + len(following)] = following
+
+
+def _pack_sampling(
+    columns: np.ndarray,
+    rows: Sequence[tuple[int, Work]],
+    first_slot: int,
+    sampling_of: Callable[[Request], Int32[np.ndarray, " columns"]],
+) -> None:
+    """Says how each row that samples does so; the others stay invalid."""
+    sampling = [(row, work) for row, work in rows if work.samples]
+    if not sampling:
+        return
+    index = [row for row, _ in sampling]
+    columns[index] = [sampling_of(work.request) for _, work in sampling]
+    columns[index, COLUMN["valid"]] = 1
+    columns[index, COLUMN["position"]] = [work.start + work.count for _, work in sampling]
+    columns[index, COLUMN["slot"]] = [first_slot + (work.request.slot or 0) for _, work in sampling]
 
 
 def sampling_columns(request: Request, *, processors: int) -> Int32[np.ndarray, " columns"]:

@@ -67,7 +67,7 @@ class Runner:
         self.weights = weights
         on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.dtype = jax.tree.leaves(weights)[0].dtype
-        self.page_size = engine.tokens_per_block
+        self.page_size = engine.tokens_per_block or (16 if on_cpu else 64)
         self.max_batch_size = engine.max_batch_size or (8 if on_cpu else 256)
         # Triton's products read a stack's layer through a copy, cuBLAS reads it in place: a third
         # of the bytes in a scan over layers.

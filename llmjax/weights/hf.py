@@ -49,7 +49,7 @@ class HFCheckpoint:
     """A folder of safetensors; tensors are read as views of the mapped files."""
 
     def __init__(self, path: Path, *, needs_weights: bool = True):
-        """Opens a folder; without `needs_weights` a config.json is enough, and tensors are empty."""
+        """Opens a folder; without `needs_weights` a config.json is enough, and no tensors are."""
         self.path = path
         files = _find_weights(path) if needs_weights else []
         self.config = read_json(path / "config.json")
