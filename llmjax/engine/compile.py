@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import platformdirs
@@ -74,6 +74,25 @@ def compile_steps(
         compiled = dict(zip(lowered, pool.map(compile_one, lowered.values()), strict=True))
     logger.info("compiled %d steps in %.1f s", len(compiled), time.perf_counter() - started)
     return compiled
+
+
+class CompileWatch:
+    """Counts programs that are compiled while it is open; a warmed-up engine compiles none."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __enter__(self) -> Self:
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, seconds: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.count += 1
+            logger.warning("a program was compiled in %.1f s after warm-up", seconds)
 
 
 def enable_compile_cache(setting: bool | str) -> Path | None:

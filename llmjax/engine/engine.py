@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llmjax.config import ConfigError
+from llmjax.engine.compile import CompileWatch
 from llmjax.engine.request import Request
 from llmjax.engine.runner import MAX_BIAS, MAX_STOP_IDS, Dispatched, Runner
 from llmjax.engine.scheduler import Scheduler, Work
@@ -40,6 +41,8 @@ class EngineStats:
     """Tokens computed for nothing, because a bucket was not full."""
     tokens: int = 0
     """Tokens fed, prefill and decode together."""
+    compilations: int = 0
+    """Programs compiled after warm-up; anything but 0 is a fault."""
 
 
 @dataclass(kw_only=True)
@@ -62,6 +65,7 @@ class Engine:
         self.scheduler = Scheduler(runner.scheduler_config)
         self.stats = EngineStats()
         self._ahead = 0 if runner.engine.disable_overlap_scheduler else 1
+        self._watch = CompileWatch()
         self._in_flight: deque[Dispatched] = deque()
         self._collected: dict[int, _Collected] = {}
 
@@ -85,6 +89,12 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Runs the engine one step further and returns the requests that got a token."""
+        with self._watch:
+            updated = self._step()
+        self.stats.compilations = self._watch.count
+        return updated
+
+    def _step(self) -> list[Request]:
         schedule = self.scheduler.schedule()
         if schedule is not None:
             self.stats.overlapped_steps += bool(self._in_flight)
