@@ -89,10 +89,10 @@ class CompileWatch:
     def __exit__(self, *_: object) -> None:
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event: str, seconds: float, **_: str | int) -> None:
+    def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             self.count += 1
-            logger.warning("a program was compiled in %.1f s after warm-up", seconds)
+            logger.warning("a program was compiled in %.1f s after warm-up", duration_secs)
 
 
 def enable_compile_cache(setting: bool | str) -> Path | None:
