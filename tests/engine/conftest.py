@@ -2,15 +2,27 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from llmjax import LLM
-from meshes import ParallelPlan
+from llmjax import LLM, SamplingParams
+from llmjax.engine.batch import Bucket, pack_schedule, sampling_columns
+from llmjax.engine.request import Request
+from llmjax.engine.scheduler import Schedule, Work
+from llmjax.engine.step import StepMaker, Weights, replicate, unpack
+from llmjax.layers.kv_cache import KVCache, empty_cache
+from llmjax.models.decoder import LayerLoop, head_slots
+from llmjax.models.registry import find_family
+from llmjax.weights import open_checkpoint
+from llmjax.weights.model import abstract_decoder, load_model
+from meshes import ParallelPlan, Rules, make_mesh
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SMALL = {
@@ -67,3 +79,111 @@ def llm_on() -> Callable[..., LLM]:
         return LLM(GOLDEN / family, plan=plan, progress=False, **(SMALL | options))
 
     return build
+
+
+@pytest.fixture(scope="session")
+def logits_on() -> Callable[..., Callable[[list[list[list[int]]]], np.ndarray]]:
+    """`logits_on(folder, plan)(prompts of each batch rank)`."""
+
+    def build(folder: Path, plan: ParallelPlan, *, layer_loop: LayerLoop = "scan") -> Any:
+        return LogitsProgram(folder, plan, layer_loop).run
+
+    return build
+
+
+class LogitsProgram:
+    """One compiled step that prefills and decodes, and gives logits in the place of samples.
+
+    Each batch rank has two prompts: their first 17 tokens go in as one, the others one by one.
+    """
+
+    prefill = 17
+    page_size = 4
+    bucket = Bucket(prefill_tokens=2 * prefill, decodes=2, prefill_rows=2, width=6)
+
+    def __init__(self, folder: Path, plan: ParallelPlan, layer_loop: LayerLoop) -> None:
+        checkpoint = open_checkpoint(folder)
+        family = find_family(checkpoint.config)
+        config = family.read_config(checkpoint.config)
+        dtype = jnp.dtype("float32")
+        self.rules, self.mesh = Rules(plan), make_mesh(plan)
+        self.weights = load_model(
+            checkpoint, family, config, self.rules, self.mesh, dtype=dtype, progress=False
+        )
+        graph, abstract = nnx.split(abstract_decoder(config, self.rules, dtype))
+        self.maker = StepMaker(
+            graph=graph,
+            abstract=abstract,
+            rules=self.rules,
+            vocab_size=config.vocab_size,
+            max_logprobs=0,
+            processors=(),
+            layer_loop=layer_loop,
+        )
+        pages = self.bucket.decodes * self.bucket.width * self.rules.size("pages")
+        slots = head_slots(config, self.rules).num_kv
+        shape = (config.num_layers, pages, self.page_size, slots, config.head_dim)
+        self.empty_cache = partial(empty_cache, shape, dtype, self.rules)
+
+    def run(self, prompts: list[list[list[int]]]) -> np.ndarray:
+        """Logits [ranks, prompts, positions, vocab] of each batch rank's own prompts."""
+        requests = [[_request(ids) for ids in rank] for rank in prompts]
+        rows, length = self.bucket.decodes, len(prompts[0][0])
+        with jax.set_mesh(self.mesh):
+            compute = jax.jit(self._compute, donate_argnums=1)
+            cache = jax.jit(self.empty_cache)()
+            packed = self._pack(requests, range(self.prefill))
+            logits, cache = compute(self.weights, cache, packed)
+            prefilled = np.asarray(logits)[:, rows:].reshape(len(prompts), rows, self.prefill, -1)
+            decoded = []
+            for position in range(self.prefill, length):
+                packed = self._pack(requests, range(position, position + 1))
+                logits, cache = compute(self.weights, cache, packed)
+                decoded.append(np.asarray(logits)[:, :rows])
+        return np.concatenate([prefilled, np.stack(decoded, axis=2)], axis=2)
+
+    def _compute(
+        self, weights: Weights, cache: KVCache, packed: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        ranks = len(packed)
+        unused = jnp.zeros((ranks, 1), jnp.int32, out_sharding=self.rules.spec("requests", None))
+        inputs = unpack(packed, unused, self.bucket, rules=self.rules)
+        decoder = self.maker.decoder(weights)
+        hidden, cache = decoder(
+            inputs.ids, cache, inputs.placement, layer_loop=self.maker.layer_loop
+        )
+        spec = self.rules.spec(None, "vocab")
+        logits = jnp.einsum("te,ev->tv", replicate(hidden), decoder.head, out_sharding=spec)
+        logits = replicate(logits)[:, : self.maker.vocab_size]
+        return logits.reshape(ranks, self.bucket.tokens, -1), cache
+
+    def _pack(self, requests: list[list[Request]], positions: range) -> jax.Array:
+        """A step in which every request feeds these positions."""
+        ranks = tuple(
+            tuple(self._work(request, row, positions) for row, request in enumerate(rank))
+            for rank in requests
+        )
+        packed = pack_schedule(
+            Schedule(index=0, ranks=ranks, admitted=(), preempted=()),
+            self.bucket,
+            page_size=self.page_size,
+            max_batch_size=self.bucket.decodes,
+            sampling_of=partial(sampling_columns, processors=0),
+        )
+        return jax.device_put(packed, self.rules.sharding(self.mesh, "requests", None))
+
+    def _work(self, request: Request, row: int, positions: range) -> Work:
+        return Work(
+            request=request,
+            start=positions.start,
+            count=len(positions),
+            samples=len(positions) == 1,
+            pages=tuple(range(row * self.bucket.width, (row + 1) * self.bucket.width)),
+            token_on_device=False,
+        )
+
+
+def _request(ids: list[int]) -> Request:
+    return Request(
+        id=0, prompt_ids=tuple(ids), params=SamplingParams(), max_tokens=1, stop_ids=frozenset()
+    )
