@@ -132,6 +132,8 @@ def _original_length(config: RopeConfig) -> int:
 
 SCALINGS: dict[str, Callable[[np.ndarray, RopeConfig], tuple[np.ndarray, float]]] = {
     "default": _default,
+    # Dynamic NTK changes the base beyond the model's context, which requests never exceed.
+    "dynamic": _default,
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
