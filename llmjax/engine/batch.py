@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from llmjax.engine.request import Request
-from llmjax.engine.scheduler import Schedule, Work
+from llmjax.engine.schedule import Schedule, Work
 from llmjax.layers.sampler import SampleRows
 
 FLOAT_COLUMNS = frozenset(

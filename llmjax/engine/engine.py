@@ -10,7 +10,8 @@ from llmjax.config import ConfigError
 from llmjax.engine.compile import CompileWatch
 from llmjax.engine.request import Request
 from llmjax.engine.runner import MAX_BIAS, MAX_STOP_IDS, Dispatched, Runner
-from llmjax.engine.scheduler import Scheduler, Work
+from llmjax.engine.schedule import Work
+from llmjax.engine.scheduler import Scheduler
 
 
 @dataclass(frozen=True, kw_only=True)

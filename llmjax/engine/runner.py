@@ -19,7 +19,7 @@ from llmjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
 from llmjax.engine.batch import Bucket, pack_schedule, sampling_columns
 from llmjax.engine.compile import choose_buckets, compile_steps, count_pages, pick_bucket
 from llmjax.engine.request import Request
-from llmjax.engine.scheduler import Schedule, SchedulerConfig, Work
+from llmjax.engine.schedule import Schedule, SchedulerConfig, Work
 from llmjax.engine.step import EngineState, StepMaker, StepOutput, Weights
 from llmjax.layers.kv_cache import empty_cache
 from llmjax.layers.sampler_state import GENERATED, PROMPT, UNUSED, fill_slot, init_state

@@ -15,7 +15,7 @@ from flax import nnx
 from llmjax import LLM, SamplingParams
 from llmjax.engine.batch import Bucket, pack_schedule, sampling_columns
 from llmjax.engine.request import Request
-from llmjax.engine.scheduler import Schedule, Work
+from llmjax.engine.schedule import Schedule, Work
 from llmjax.engine.step import StepMaker, Weights, replicate, unpack
 from llmjax.layers.kv_cache import KVCache, empty_cache
 from llmjax.models.decoder import LayerLoop, head_slots

@@ -5,7 +5,8 @@ import pytest
 
 from llmjax.config import ConfigError, SamplingParams
 from llmjax.engine.request import Request
-from llmjax.engine.scheduler import Schedule, Scheduler, SchedulerConfig, Work
+from llmjax.engine.schedule import Schedule, SchedulerConfig, Work
+from llmjax.engine.scheduler import Scheduler
 
 EOS = 99
 

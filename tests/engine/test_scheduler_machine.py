@@ -14,7 +14,8 @@ from hypothesis.stateful import (
 
 from llmjax.config import SamplingParams
 from llmjax.engine.request import Request, RequestStatus
-from llmjax.engine.scheduler import Schedule, Scheduler, SchedulerConfig, Work
+from llmjax.engine.schedule import Schedule, SchedulerConfig, Work
+from llmjax.engine.scheduler import Scheduler
 
 MAX_SEQ_LEN = 12
 MAX_IN_FLIGHT = 3

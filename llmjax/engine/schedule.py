@@ -1,0 +1,78 @@
+"""What a scheduler is bound by, and what it says: limits, works and schedules."""
+
+from dataclasses import dataclass
+
+from llmjax.config import ConfigError
+from llmjax.engine.request import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of a step and of the memory behind it; all but `num_ranks` are for one batch rank."""
+
+    num_ranks: int
+    """Batch ranks, each with its own pages and slots."""
+    max_batch_size: int
+    """Running requests."""
+    max_num_tokens: int
+    """Tokens in a step."""
+    max_prefill_requests: int
+    """Prefill rows in a step."""
+    page_size: int
+    """Positions in a page."""
+    num_pages: int
+    """Pages of the KV cache."""
+    max_seq_len: int
+    """Prompt and generated tokens of a request."""
+    enable_block_reuse: bool = True
+    """Reuse the pages of a known prefix."""
+    enable_chunked_prefill: bool = True
+    """Spread a prompt over several steps where the token budget asks for it."""
+
+    def __post_init__(self) -> None:
+        if self.max_num_tokens < self.max_batch_size:
+            raise ConfigError(
+                f"max_num_tokens={self.max_num_tokens} must be at least "
+                f"max_batch_size={self.max_batch_size}, so that every running request can take "
+                f"part in a step. Raise the first or lower the second."
+            )
+        if not self.enable_chunked_prefill and self.max_num_tokens < self.max_seq_len:
+            raise ConfigError(
+                f"without chunked prefill max_num_tokens={self.max_num_tokens} must hold a whole "
+                f"prompt: use at least max_seq_len={self.max_seq_len}, or set "
+                f"enable_chunked_prefill=True."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The tokens that one request feeds in one step."""
+
+    request: Request
+    start: int
+    """Position of the first token."""
+    count: int
+    """Tokens, at positions start to start + count - 1."""
+    samples: bool
+    """Whether the successor of the last token is sampled."""
+    pages: tuple[int, ...]
+    """Pages of all positions up to the last token."""
+    token_on_device: bool
+    """Whether the host has not read the token at `start` yet."""
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is one token with a sampled successor: a generated one or a prompt's last."""
+        return self.samples and self.count == 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """One step: for each batch rank its decode works, then its prefill works."""
+
+    index: int
+    ranks: tuple[tuple[Work, ...], ...]
+    admitted: tuple[Request, ...]
+    """Requests that got a slot in this step, for the first time or after a preemption."""
+    preempted: tuple[Request, ...]
+    """Requests that lost their slot since the last step."""
