@@ -27,7 +27,7 @@ FEW_PLANS = (
     ParallelPlan(ep=2, tp=4, attention_dp="partial"),
     MIXED,
 )
-PART_OF_A_MESH = (ONE_DEVICE, ParallelPlan(tp=2), ParallelPlan(tp=4), ParallelPlan(dp=2))
+PART_OF_A_MESH = (ONE_DEVICE, ParallelPlan(tp=2), ParallelPlan(tp=4))
 
 
 def dense_plans(devices: int) -> list[ParallelPlan]:
