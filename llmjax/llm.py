@@ -329,7 +329,7 @@ def resolve_plan(
     Raises:
         PlanError: both a plan and sizes were given, or the plan needs what does not exist yet.
     """
-    words = {"tp": tp, "dp": dp, "attention_dp": attention_dp}
+    words = dict(tp=tp, dp=dp, attention_dp=attention_dp)
     given = {key: value for key, value in words.items() if value is not None}
     if plan is not None and given:
         raise PlanError(
@@ -340,11 +340,10 @@ def resolve_plan(
         plan = ParallelPlan(**given)
     elif not isinstance(plan, ParallelPlan):
         plan = ParallelPlan.from_yaml(plan)
-    for axis, meaning in (("pp", "pipeline"), ("cp", "context")):
-        if plan.sizes[axis] > 1:
-            raise PlanError(
-                f"{axis}={plan.sizes[axis]}: {meaning} parallelism does not run yet, use {axis}=1."
-            )
+    if plan.pp > 1:
+        raise PlanError(f"pp={plan.pp}: pipeline parallelism does not run yet, use pp=1.")
+    if plan.cp > 1:
+        raise PlanError(f"cp={plan.cp}: context parallelism does not run yet, use cp=1.")
     return plan
 
 
