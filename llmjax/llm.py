@@ -329,7 +329,7 @@ def resolve_plan(
     Raises:
         PlanError: both a plan and sizes were given, or the plan needs what does not exist yet.
     """
-    words = dict(tp=tp, dp=dp, attention_dp=attention_dp)
+    words: dict[str, Any] = dict(tp=tp, dp=dp, attention_dp=attention_dp)
     given = {key: value for key, value in words.items() if value is not None}
     if plan is not None and given:
         raise PlanError(
