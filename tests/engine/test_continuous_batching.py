@@ -49,11 +49,14 @@ class Arrival:
 def draw_arrivals(count: int) -> list[Arrival]:
     """Requests of random lengths at random times, half of them with a prefix that others have."""
     draw = random.Random(11)
-    prefixes = [_tokens(draw, length) for length in (9, 16, 30)]
+    # Pages with the same tokens behind different ones: they may not be taken for each other.
+    a, b, c = (_tokens(draw, 4) for _ in "abc")
+    prefixes = [(*a, *b, *c, *a, 7), (*b, *a, *c, *b), (*c, *c, *c, *c, *c, *c, *c)]
     arrivals = []
     for index in range(count):
         prefix = draw.choice(prefixes) if index % 2 else ()
-        prompt = (*prefix, *_tokens(draw, draw.randint(1, 60 - len(prefix))))
+        longest = 60 - len(prefix) if index % 3 == 0 else 12
+        prompt = (*prefix, *_tokens(draw, draw.randint(1, longest)))
         # Mostly greedy; the others show that what the device remembers follows its request.
         params = SamplingParams(temperature=0)
         if index % 8 == 3:
@@ -62,7 +65,7 @@ def draw_arrivals(count: int) -> list[Arrival]:
             params = SamplingParams(temperature=1.2, top_p=0.95)
         arrivals.append(
             Arrival(
-                step=draw.randint(0, 150),
+                step=draw.randint(0, 120),
                 prompt=prompt,
                 params=params,
                 max_tokens=draw.randint(1, 30),
