@@ -173,12 +173,13 @@ class LogitsProgram:
         return jax.device_put(packed, self.rules.sharding(self.mesh, "requests", None))
 
     def _work(self, request: Request, row: int, positions: range) -> Work:
+        first, count = row * self.bucket.width, -(-positions.stop // self.page_size)
         return Work(
             request=request,
             start=positions.start,
             count=len(positions),
             samples=len(positions) == 1,
-            pages=tuple(range(row * self.bucket.width, (row + 1) * self.bucket.width)),
+            pages=tuple(range(first, first + count)),
             token_on_device=False,
         )
 
