@@ -18,7 +18,7 @@ from llmjax.layers.logprobs import Logprobs, score
 from llmjax.layers.sampler import Sampled, SampleRows, sample
 from llmjax.layers.sampler_state import SamplerState
 from llmjax.models.decoder import Decoder, LayerLoop
-from llmjax.parallel.collectives import axis_index, island
+from llmjax.parallel.collectives import all_gather, axis_index, island
 from meshes import Rules
 
 Weights = dict[str, Any]
@@ -59,7 +59,8 @@ class StepInput:
     placement: Placement
     sample_token: Int[Array, "rows"]
     """Token of the own batch rank whose hidden state each row samples from."""
-    rows: SampleRows
+    sampling: Int[Array, "rows columns"]
+    """How each row samples: the fields of `SampleRows` as integers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +94,11 @@ class StepMaker:
             hidden, cache = decoder(
                 inputs.ids, state.cache, inputs.placement, layer_loop=self.layer_loop
             )
+            rows = read_sampling(inputs.sampling, rules=self.rules)
             sampled, sampler = sample(
                 select_rows(hidden, inputs.sample_token, rules=self.rules),
                 decoder.head,
-                inputs.rows,
+                rows,
                 state.sampler,
                 rules=self.rules,
                 vocab_size=self.vocab_size,
@@ -115,9 +117,7 @@ class StepMaker:
                 )
             # Every process reads the tokens, so that all of them schedule alike.
             output = jax.tree.map(replicate, StepOutput(sampled=sampled, prompt=prompt))
-            last = remember_tokens(
-                state.last_tokens, output.sampled.tokens, inputs.rows, rules=self.rules
-            )
+            last = remember_tokens(state.last_tokens, output.sampled.tokens, rows, rules=self.rules)
             state = replace(state, cache=cache, last_tokens=last, sampler=sampler)
             return output, state
 
@@ -173,25 +173,49 @@ def unpack(
                 prefill_start=parts["prefill_start"][None],
             ),
             sample_token=parts["sample_token"],
-            rows=_read_sampling(parts["sampling"]),
+            sampling=parts["sampling"],
         )
 
     # Specs stand in the places of arrays, which type checkers cannot know.
     tokens: Any = rules.spec("tokens")
     ranks: Any = rules.spec("requests")
+    per_rank: Any = rules.spec("requests", None)
     specs = StepInput(
         ids=tokens,
         targets=tokens,
         placement=placement_specs(rules),
         sample_token=ranks,
-        rows=SampleRows._make(ranks for _ in SampleRows._fields),
+        sampling=per_rank,
     )
-    per_rank = rules.spec("requests", None)
     with jax.named_scope("unpack"):
-        inputs = island(body, in_specs=(per_rank, per_rank), out_specs=specs)(packed, last_tokens)
-        sampler_rows = rules.spec("sampler_requests")
-        rows = SampleRows(*(jax.sharding.reshard(row, sampler_rows) for row in inputs.rows))
-        return replace(inputs, rows=rows)
+        return island(body, in_specs=(per_rank, per_rank), out_specs=specs)(packed, last_tokens)
+
+
+def read_sampling(columns: Int[Array, "rows columns"], *, rules: Rules) -> SampleRows:
+    """The rows' sampling parameters, gathered in one piece to where the sampler wants them."""
+    gathered = tuple(
+        axis for axis in rules.axes("requests") if axis not in rules.axes("sampler_requests")
+    )
+
+    def body(columns: Array) -> SampleRows:
+        columns = all_gather(columns, gathered)
+        values = []
+        for index, name in enumerate(SampleRows._fields):
+            column = columns[:, index]
+            if name in FLOAT_COLUMNS:
+                column = lax.bitcast_convert_type(column, jnp.float32)
+            elif name in ("valid", "uses_state"):
+                column = column != 0
+            elif name == "seed":
+                column = lax.bitcast_convert_type(column, jnp.uint32)
+            values.append(column)
+        return SampleRows(*values)
+
+    return island(
+        body,
+        in_specs=rules.spec("requests", None),
+        out_specs=SampleRows._make(rules.spec("sampler_requests") for _ in SampleRows._fields),
+    )(columns)
 
 
 def select_rows(
@@ -239,17 +263,3 @@ def _take(hidden: Array, index: Array) -> Array:
 
 def _identity(x: Any) -> Any:
     return x
-
-
-def _read_sampling(columns: Int[Array, "rows columns"]) -> SampleRows:
-    values = []
-    for index, name in enumerate(SampleRows._fields):
-        column = columns[:, index]
-        if name in FLOAT_COLUMNS:
-            column = lax.bitcast_convert_type(column, jnp.float32)
-        elif name in ("valid", "uses_state"):
-            column = column != 0
-        elif name == "seed":
-            column = lax.bitcast_convert_type(column, jnp.uint32)
-        values.append(column)
-    return SampleRows(*values)
