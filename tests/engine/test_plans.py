@@ -15,6 +15,14 @@ TOLERANCE = 2e-4
 ODD = "llama_odd_llama3rope"
 """6 query heads, 1 key/value head, 100 features between: nothing divides over 8 ranks."""
 FAMILIES = ("llama", ODD, "qwen2", "qwen3")
+VARIANTS = (
+    "llama_bias_linear_rope",
+    "llama_yarn_rope",
+    "mistral_window",
+    "qwen2_window",
+    "qwen3_bias_odd",
+)
+"""What other checkpoints of the families switch on."""
 ONE_DEVICE = ParallelPlan()
 MIXED = ParallelPlan(dp=2, ep=2, tp=2, attention_dp="partial")
 """All axes of a dense plan at once."""
@@ -46,6 +54,7 @@ def dense_plans(devices: int) -> list[ParallelPlan]:
 EVERY_CASE = [
     *((ODD, plan) for plan in (*PART_OF_A_MESH, *dense_plans(8))),
     *product((family for family in FAMILIES if family != ODD), (ONE_DEVICE, *FEW_PLANS)),
+    *product(VARIANTS, (MIXED,)),
 ]
 GREEDY_CASES = [
     *((ODD, plan) for plan in (*PART_OF_A_MESH, *FEW_PLANS)),
