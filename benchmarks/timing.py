@@ -34,6 +34,30 @@ def kernel_microseconds(
     return 1e3 * statistics.median(milliseconds)
 
 
+def rotating_microseconds(
+    program: jax.stages.Compiled, cases: Sequence[tuple[jax.Array, ...]], *, repeats: int
+) -> float:
+    """Median GPU time of the kernels of one call, over operands taken in turn.
+
+    Operands that fill the L2 cache between them are read from memory each time.
+    """
+    extension: Any = profiler.mosaic_gpu_lib  # pyright: ignore[reportPrivateImportUsage]
+    extension = extension._mosaic_gpu_ext
+    for case in cases:
+        jax.block_until_ready(program(*case))
+    extension._cupti_init()
+    try:
+        results = [program(*cases[i % len(cases)]) for i in range(repeats)]
+        jax.block_until_ready(results)
+    finally:
+        kernels = extension._cupti_get_timings(False)
+    if not kernels or len(kernels) % repeats:
+        raise RuntimeError(f"{len(kernels or [])} kernels were seen in {repeats} calls")
+    each = len(kernels) // repeats
+    calls = [kernels[i * each : (i + 1) * each] for i in range(repeats)]
+    return 1e3 * statistics.median(sum(ms for _, ms in call) for call in calls)
+
+
 def ceilings() -> dict[str, float]:
     """What this GPU reaches now: copy in GB/s (read plus written) and bfloat16 in TFLOP/s."""
     values = jnp.arange(1 << 30, dtype=jnp.float32)

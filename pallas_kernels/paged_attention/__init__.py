@@ -1,5 +1,98 @@
 """Attention of ragged queries over a paged cache."""
 
-from pallas_kernels.reference import paged_attention, write_pages
+import functools
+import logging
+from typing import Any
+
+from jax.extend import backend
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import reference
+from pallas_kernels.paged_attention import decode_sm90
+from pallas_kernels.paged_attention.configs import decode_config
+from pallas_kernels.reference import write_pages
 
 __all__ = ["paged_attention", "write_pages"]
+
+IMPLEMENTATIONS = ("decode_sm90", "reference")
+
+
+def paged_attention(
+    q: Float[Array, "tokens heads d"],
+    k_pages: Float[Array, "layers pages page kv_heads d"],
+    v_pages: Float[Array, "layers pages page kv_heads dv"],
+    layer: Int[Array, ""] | int,
+    page_table: Int[Array, "rows width"],
+    query_start: Int[Array, "rows_plus_one"],
+    lengths: Int[Array, "rows"],
+    *,
+    scale: float,
+    max_query_length: int,
+    window: Int[Array, ""] | int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "tokens heads dv"], Float[Array, "tokens heads"]]:
+    """Causal attention of ragged rows of queries over a paged cache, and its log-sum-exp.
+
+    Row r owns the queries `q[query_start[r]:query_start[r + 1]]`; the last of them stands at
+    position `lengths[r] - 1`, and the keys of all of them are in the pages already. A `window` of w
+    sees the last w positions, 0 or None all. Queries outside every row give 0, and -inf as
+    log-sum-exp. With `max_query_length=1` and as many queries as rows, row r owns query r.
+
+    `implementation=None` takes the Hopper decode kernel where it can run, else the XLA reference.
+    Naming one raises NotImplementedError for what it does not cover.
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(
+            f"implementation={implementation!r} does not exist; use None or one of "
+            f"{', '.join(IMPLEMENTATIONS)}"
+        )
+    options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)
+    if implementation != "reference":
+        device = backend.get_default_device()
+        try:
+            _check_decode(device, q.shape[0], lengths.shape[0], max_query_length)
+            config = decode_config(
+                heads=q.shape[1],
+                kv_heads=k_pages.shape[3],
+                d=q.shape[2],
+                dv=v_pages.shape[4],
+                num_sms=device.core_count,
+            )
+            decoded = decode_sm90.paged_decode(
+                q, k_pages, v_pages, layer, page_table, lengths, **options, config=config
+            )
+        except NotImplementedError as error:
+            if implementation is not None:
+                raise
+            _log_pick("reference", str(error))
+        else:
+            _log_pick("decode_sm90", f"on {device.device_kind}")
+            return decoded
+    return reference.paged_attention(
+        q,
+        k_pages,
+        v_pages,
+        layer,
+        page_table,
+        query_start,
+        lengths,
+        max_query_length=max_query_length,
+        **options,
+    )
+
+
+def _check_decode(device: Any, tokens: int, rows: int, max_query_length: int) -> None:
+    if device.platform != "gpu" or not device.compute_capability.startswith("9."):
+        raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
+    if max_query_length != 1 or tokens != rows:
+        raise NotImplementedError(
+            f"takes one query a row, got {tokens} queries in {rows} rows of up to "
+            f"{max_query_length}"
+        )
+
+
+@functools.cache
+def _log_pick(implementation: str, reason: str) -> None:
+    logging.getLogger(__name__).info("paged_attention runs as %s: %s", implementation, reason)

@@ -1,0 +1,23 @@
+"""How the Hopper kernels are laid out, chosen by shape.
+
+Measured on an H200 by `python -m benchmarks.kernels --op paged_attention --tune`.
+"""
+
+from pallas_kernels.paged_attention.decode_shape import DecodeConfig
+
+SHARED_BYTES = 220 * 1024
+"""Shared memory of a block for tiles and operands; the rest is for barriers and reductions."""
+TILE_BYTES = 64 * 1024
+"""Bytes of the keys and values of a tile: large enough to hide what a tile costs besides."""
+
+
+def decode_config(*, heads: int, kv_heads: int, d: int, dv: int, num_sms: int) -> DecodeConfig:
+    """The configuration of a decode step with so many heads, of 2-byte elements."""
+    columns = -(-heads // kv_heads // 8) * 8
+    kv_block = 256
+    # Wide groups keep scores and sums of many heads in registers.
+    while kv_block > 64 and (2 * kv_block * (d + dv) > TILE_BYTES or kv_block * columns > 4096):
+        kv_block //= 2
+    operands = 2 * columns * (2 * d + dv + kv_block)
+    stages = (SHARED_BYTES - operands) // (2 * kv_block * (d + dv))
+    return DecodeConfig(blocks=num_sms, kv_block=kv_block, stages=min(stages, 8))

@@ -1,0 +1,96 @@
+"""Sizes of the decode kernel on Hopper, and the references that its parts share."""
+
+import dataclasses
+from typing import Any
+
+COPY_ROWS = 32
+"""Positions of one copy: a tile that reaches past a row's end costs no more than these."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How the decode kernel is laid out on the chip."""
+
+    blocks: int
+    """Thread blocks: one or two for each multiprocessor."""
+    kv_block: int = 64
+    """Positions of a tile."""
+    stages: int = 3
+    """Tiles that a block holds in shared memory."""
+    min_tiles: int = 1
+    """Tiles of a share at least: fewer shares leave less to merge."""
+    merge_registers: int = 128
+    """Registers of a thread for the parts of a row that are read at once when it is merged."""
+    synchronize: bool = True
+    """Whether blocks wait for each other: the interpreter cannot, but runs them in turn."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeShape:
+    """Static sizes that the kernel bodies share."""
+
+    rows: int
+    kv_heads: int
+    group: int
+    """Query heads of a KV head."""
+    d: int
+    dv: int
+    pages: int
+    page: int
+    scale: float
+    soft_cap: float | None
+    windowed: bool
+    has_sinks: bool
+    config: DecodeConfig
+
+    @property
+    def columns(self) -> int:
+        """Query heads of a tile: wgmma takes multiples of 8."""
+        return -(-self.group // 8) * 8
+
+    @property
+    def shares(self) -> int:
+        return max(1, self.config.blocks // self.kv_heads)
+
+    @property
+    def copy_rows(self) -> int:
+        """Positions of one copy, which must lie in one page."""
+        return min(self.page, COPY_ROWS)
+
+    @property
+    def copies(self) -> int:
+        """Copies that fill a tile."""
+        return self.config.kv_block // self.copy_rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeRefs:
+    """The references of the kernel: operands, results, then scratch."""
+
+    q: Any
+    k_pages: Any
+    v_pages: Any
+    layer: Any
+    page_table: Any
+    lengths: Any
+    window: Any = None
+    sinks: Any = None
+    out: Any
+    lse: Any
+    sums: Any
+    """What each block saves of a row that ends in a later one, see `Softmax`."""
+    highest: Any
+    totals: Any
+    q_shared: Any
+    """Queries of two segments: one is computed, the next is on its way."""
+    k_shared: Any
+    v_shared: Any
+    weights_shared: Any
+    """Weights of a tile, [columns, positions]: wgmma takes its right side from shared memory."""
+    out_shared: Any
+    q_full: Any
+    q_free: Any
+    k_full: Any
+    k_free: Any
+    v_full: Any
+    v_free: Any

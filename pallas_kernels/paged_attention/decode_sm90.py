@@ -1,0 +1,253 @@
+"""Decode over pages on Hopper: one query a row, split over the cached positions.
+
+Blocks take equal shares of the cached positions of all rows, see `schedule`. Each share goes to as
+many blocks as there are KV heads: they read the same pages at the same time. A block that holds a
+part of a row, but not its end, saves its sums; the block with the row's end merges them.
+
+A block is two warpgroups: one copies tiles to shared memory, one computes on them. Scores are
+computed transposed, keys by queries: positions fill the 64 rows of a wgmma tile and the query heads
+of one KV head its columns, of which 8 is the least, not 64.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.paged_attention.decode_load import load_tiles
+from pallas_kernels.paged_attention.decode_shape import DecodeConfig, DecodeRefs, DecodeShape
+from pallas_kernels.paged_attention.decode_softmax import (
+    attend,
+    full,
+    merge,
+    save,
+    store,
+    write,
+    write_out,
+)
+from pallas_kernels.paged_attention.schedule import Schedule, Segment, plan_share
+
+MAX_GROUP = 64
+"""Query heads of a KV head: more would not fit in registers."""
+
+
+def paged_decode(
+    q: Float[Array, "rows heads d"],
+    k_pages: Float[Array, "layers pages page kv_heads d"],
+    v_pages: Float[Array, "layers pages page kv_heads dv"],
+    layer: Int[Array, ""] | int,
+    page_table: Int[Array, "rows width"],
+    lengths: Int[Array, "rows"],
+    *,
+    scale: float,
+    window: Int[Array, ""] | int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
+    config: DecodeConfig,
+    interpret: Any = None,
+) -> tuple[Float[Array, "rows heads dv"], Float[Array, "rows heads"]]:
+    """Attention of one query a row over its pages, and its log-sum-exp; see the reference.
+
+    Raises NotImplementedError for what the kernel does not cover.
+    """
+    rows, heads, d = q.shape
+    _, pages, page, kv_heads, dv = v_pages.shape
+    shape = DecodeShape(
+        rows=rows,
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
+        d=d,
+        dv=dv,
+        pages=pages,
+        page=page,
+        scale=scale,
+        soft_cap=soft_cap,
+        windowed=window is not None,
+        has_sinks=sinks is not None,
+        config=config,
+    )
+    _check(shape, q, k_pages)
+    group, columns = shape.group, shape.columns
+    queries = q.reshape(rows * kv_heads, group, d)
+    if group > 8 and group != columns:
+        queries = jnp.pad(queries, ((0, 0), (0, columns - group), (0, 0)))
+    operands = {
+        "q": queries,
+        "k_pages": k_pages.reshape(-1, kv_heads * d),
+        "v_pages": v_pages.reshape(-1, kv_heads * dv),
+        "layer": jnp.asarray(layer, jnp.int32).reshape(1),
+        "page_table": page_table,
+        "lengths": lengths,
+    }
+    if window is not None:
+        operands["window"] = jnp.asarray(window, jnp.int32).reshape(1)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(kv_heads, group)
+        operands["sinks"] = jnp.pad(sinks, ((0, 0), (0, columns - group)))
+    out, lse = _launch(shape, operands, interpret)
+    return out.reshape(rows, heads, dv), lse[:, :group].reshape(rows, heads)
+
+
+def _check(shape: DecodeShape, q: Array, k_pages: Array) -> None:
+    """Raises NotImplementedError for what the kernel does not cover."""
+    config = shape.config
+    pool = k_pages.shape[0] * shape.pages * shape.page
+    problems = {
+        f"queries of {q.dtype} and pages of {k_pages.dtype}; it takes bfloat16 or float16, one "
+        "for both": q.dtype != k_pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float16),
+        f"head dimensions {shape.d} and {shape.dv}; it takes multiples of 64 up to 256": (
+            shape.d % 64 or shape.dv % 64 or max(shape.d, shape.dv) > 256
+        ),
+        f"pages of {shape.page}; it takes powers of 2 from 16 on": (
+            shape.page < 16 or shape.page & (shape.page - 1)
+        ),
+        f"{shape.group} query heads a KV head; it takes up to {MAX_GROUP}": (
+            shape.group > MAX_GROUP
+        ),
+        f"{shape.kv_heads} KV heads; it takes up to one a block, {config.blocks}": (
+            shape.kv_heads > config.blocks
+        ),
+        f"a pool of {pool} positions in all layers; it takes fewer than 2^31": pool >= 2**31,
+        f"{config.stages} stages; it needs 2 to load ahead": config.stages < 2,
+    }
+    for problem, present in problems.items():
+        if present:
+            raise NotImplementedError(f"paged decode on Hopper does not cover {problem}")
+
+
+def _launch(shape: DecodeShape, operands: dict[str, Array], interpret: Any) -> tuple[Array, Array]:
+    config, dtype = shape.config, operands["q"].dtype
+    blocks, columns = shape.shares * shape.kv_heads, shape.columns
+    wide, slots = jnp.float32, shape.rows * shape.kv_heads
+    results = {
+        "out": jax.ShapeDtypeStruct((slots, shape.group, shape.dv), dtype),
+        "lse": jax.ShapeDtypeStruct((slots, columns), wide),
+        "sums": jax.ShapeDtypeStruct((blocks, shape.dv, columns), wide),
+        "highest": jax.ShapeDtypeStruct((blocks, columns), wide),
+        "totals": jax.ShapeDtypeStruct((blocks, columns), wide),
+    }
+    tiled = (
+        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+    )
+    stages, kv_block = config.stages, config.kv_block
+    scratch = {
+        "q_shared": plgpu.SMEM((2, columns, shape.d), dtype, transforms=tiled),
+        "k_shared": plgpu.SMEM((stages, kv_block, shape.d), dtype, transforms=tiled),
+        "v_shared": plgpu.SMEM((stages, kv_block, shape.dv), dtype, transforms=tiled),
+        "weights_shared": plgpu.SMEM((columns, kv_block), dtype, transforms=tiled),
+        "out_shared": plgpu.SMEM((columns, shape.dv), dtype),
+        "q_full": plgpu.Barrier(num_barriers=2),
+        "q_free": plgpu.Barrier(num_barriers=2),
+        "k_full": plgpu.Barrier(num_barriers=stages, num_arrivals=shape.copies),
+        "k_free": plgpu.Barrier(num_barriers=stages),
+        "v_full": plgpu.Barrier(num_barriers=stages, num_arrivals=shape.copies),
+        "v_free": plgpu.Barrier(num_barriers=stages),
+    }
+    out, lse, *_ = plgpu.kernel(
+        functools.partial(_decode_kernel, shape, (*operands, *results, *scratch)),
+        out_type=tuple(results.values()),
+        scratch_types=list(scratch.values()),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=2,
+        thread_name="warpgroup",
+        kernel_name="paged_decode",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(*operands.values())
+    return out, lse
+
+
+def _decode_kernel(shape: DecodeShape, names: tuple[str, ...], *all_refs: Any) -> None:
+    refs, config = DecodeRefs(**dict(zip(names, all_refs, strict=True))), shape.config
+    block = lax.axis_index("block")
+    share, head = (
+        lax.div(block, jnp.int32(shape.kv_heads)),
+        lax.rem(block, jnp.int32(shape.kv_heads)),
+    )
+    schedule = plan_share(
+        share,
+        shape.shares,
+        rows=shape.rows,
+        tile=config.kv_block,
+        min_tiles=config.min_tiles,
+        lengths=refs.lengths,
+        window=refs.window,
+    )
+    saved = None
+    if config.synchronize:
+        saved = pl.get_global(plgpu.SemaphoreType.REGULAR((shape.shares * shape.kv_heads,)))
+
+    @pl.when(lax.axis_index("warpgroup") == 1)
+    def _():
+        load_tiles(shape, refs, schedule, head)
+
+    @pl.when(lax.axis_index("warpgroup") == 0)
+    def _():
+        _clear_unused(shape, refs, share, head)
+        _compute_segments(shape, refs, schedule, share, head, saved)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _compute_segments(
+    shape: DecodeShape, refs: DecodeRefs, schedule: Schedule, share: Array, head: Array, saved: Any
+) -> None:
+    """Computes the block's segments: rows that end in it are written, a part of another is saved.
+
+    It waits for earlier blocks only, which the chip starts first, so that no order can deadlock.
+    """
+
+    def block_of(other: Array) -> Array:
+        return other * shape.kv_heads + head
+
+    def compute_segment(carry: tuple[Array, Array], segment: Segment) -> tuple[Array, Array]:
+        tiles, segments = carry
+        q_slot = lax.rem(segments, 2)
+        plgpu.barrier_wait(refs.q_full.at[q_slot])
+        part = attend(shape, refs, segment, tiles, refs.q_shared.at[q_slot])
+        plgpu.barrier_arrive(refs.q_free.at[q_slot])
+        index = segment.row * shape.kv_heads + head
+
+        @pl.when(segment.ends & segment.starts)
+        def _():
+            write(shape, refs, index, part)
+
+        @pl.when(segment.ends & jnp.logical_not(segment.starts))
+        def _():
+            first_share = lax.div(segment.base, schedule.size)
+            if saved is not None:
+                parts = share - first_share
+                plgpu.semaphore_wait(saved.at[block_of(share)], parts, memory_scope="gpu")
+            write(shape, refs, index, merge(shape, refs, part, first_share, share, block_of))
+
+        @pl.when(jnp.logical_not(segment.ends))
+        def _():
+            save(refs, block_of(share), part)
+            if saved is not None:
+                last_share = lax.div(segment.base + segment.tiles - 1, schedule.size)
+                plgpu.semaphore_signal(saved.at[block_of(last_share)], memory_scope="gpu")
+
+        return tiles + segment.count, segments + 1
+
+    schedule.for_each_segment(compute_segment, (jnp.int32(0), jnp.int32(0)))
+
+
+def _clear_unused(shape: DecodeShape, refs: DecodeRefs, share: Array, head: Array) -> None:
+    """Writes 0 and -inf for the rows of length 0, which have no tiles."""
+
+    def clear_row(index: Array, _: None) -> None:
+        row = share + index * shape.shares
+
+        @pl.when(refs.lengths[row] == 0)
+        def _():
+            slot = row * shape.kv_heads + head
+            write_out(shape, refs, slot, full((shape.dv, shape.columns), 0.0, refs.out.dtype))
+            store(refs.lse.at[slot], full((shape.columns,), -jnp.inf))
+
+    lax.fori_loop(0, pl.cdiv(shape.rows - share, jnp.int32(shape.shares)), clear_row, None)

@@ -1,0 +1,210 @@
+"""Softmax of the decode kernel on Hopper, in registers: computed, merged, saved and written.
+
+Arrays are [positions, columns] or [dv, columns], with a column for each query head of a KV head.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from pallas_kernels.paged_attention.decode_shape import DecodeRefs, DecodeShape
+from pallas_kernels.paged_attention.schedule import Segment
+
+LOG2_E = math.log2(math.e)
+
+
+class Softmax(NamedTuple):
+    """A softmax in progress, in powers of 2."""
+
+    sums: Array
+    """Weighted sums of values [dv, columns]."""
+    highest: Array
+    """Highest score [columns]."""
+    total: Array
+    """Sum of weights [columns]."""
+
+
+def _across(vector: Array, rows: int) -> Array:
+    """Repeats a value of each query head, [columns], as [rows, columns]."""
+    return _wgmma(lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1]))
+
+
+def _wgmma(value: Array) -> Array:
+    """States the register layout, which is otherwise searched for, at length."""
+    layout = plgpu.Layout.WGMMA if value.ndim == 2 else plgpu.Layout.WGMMA.reduce(0)
+    return plgpu.layout_cast(value, layout)
+
+
+def store(ref: Any, value: Array) -> None:
+    """Stores registers as they lie: JAX 0.12 wants to be told that this may be slow."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, _wgmma(value), optimized=False)
+    else:
+        ref[...] = _wgmma(value)
+
+
+def full(shape: tuple[int, ...], value: float, dtype: Any = jnp.float32) -> Array:
+    return _wgmma(jnp.full(shape, value, dtype))
+
+
+def attend(
+    shape: DecodeShape, refs: DecodeRefs, segment: Segment, tiles: Array, queries: Any
+) -> Softmax:
+    """Computes attention of one row and KV head over the tiles of a segment."""
+    kv_block, columns, dv = shape.config.kv_block, shape.columns, shape.dv
+    weights_shared = refs.weights_shared.transpose((1, 0))
+    first_tile = lax.div(segment.low, jnp.int32(kv_block)) + segment.first
+
+    def one_tile(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        sums, highest, totals = carry
+        slot = lax.rem(tiles + index, jnp.int32(shape.config.stages))
+        start = (first_tile + index) * kv_block
+        plgpu.barrier_wait(refs.k_full.at[slot])
+
+        def multiply_keys(product: Any) -> Array:
+            plgpu.wgmma(product, refs.k_shared.at[slot], queries.transpose((1, 0)))
+            return _wgmma(product[...])
+
+        product = pl.run_scoped(
+            multiply_keys, plgpu.WGMMAAccumulatorRef((kv_block, columns), jnp.float32)
+        )
+        plgpu.barrier_arrive(refs.k_free.at[slot])
+        visible = _visible(shape, segment, start, product.shape)
+        scores = jnp.where(visible, _scale(shape, product), -jnp.inf)
+
+        new_highest = _wgmma(jnp.maximum(highest, scores.max(axis=0)))
+        weights = _wgmma(jnp.exp2(scores - _across(new_highest, kv_block)))
+        keep = jnp.exp2(highest - new_highest)
+        totals = _wgmma(totals * _across(keep, kv_block) + weights)
+        weights_shared[...] = _wgmma(weights.astype(refs.weights_shared.dtype))
+
+        plgpu.barrier_wait(refs.v_full.at[slot])
+        values = refs.v_shared.at[slot]
+
+        partly_hidden = start + kv_block > segment.length
+        if shape.windowed:
+            partly_hidden = partly_hidden | (start < segment.low)
+
+        @pl.when(partly_hidden)
+        def _():
+            _clear_hidden(shape, values, segment, start)
+
+        plgpu.commit_smem()
+
+        def multiply_values(product: Any) -> Array:
+            plgpu.wgmma(product, values.transpose((1, 0)), weights_shared)
+            return _wgmma(product[...])
+
+        product = pl.run_scoped(
+            multiply_values, plgpu.WGMMAAccumulatorRef((dv, columns), jnp.float32)
+        )
+        plgpu.barrier_arrive(refs.v_free.at[slot])
+        return _wgmma(sums * _across(keep, dv) + product), new_highest, totals
+
+    # The sum of weights stays apart for each row of a tile: it is summed up once, at the end.
+    start = (
+        full((dv, columns), 0.0),
+        full((columns,), -jnp.inf),
+        full((kv_block, columns), 0.0),
+    )
+    sums, highest, totals = lax.fori_loop(0, segment.count, one_tile, start)
+    return Softmax(sums, highest, _wgmma(totals.sum(axis=0)))
+
+
+def _scale(shape: DecodeShape, product: Array) -> Array:
+    """Turns products of queries and keys into scores, in powers of 2."""
+    if shape.soft_cap is None:
+        return product * (shape.scale * LOG2_E)
+    # tanh(x) = 1 - 2 / (1 + exp(2 x)): the approximate tanh of the chip is too coarse.
+    power = jnp.exp2(product * (2 * shape.scale * LOG2_E / shape.soft_cap))
+    return (shape.soft_cap * LOG2_E) * (1.0 - 2.0 / (1.0 + power))
+
+
+def _visible(
+    shape: DecodeShape, segment: Segment, start: Array, tile_shape: tuple[int, int]
+) -> Array:
+    """Returns which positions of the tile at `start`, its rows, the query sees."""
+    position = plgpu.broadcasted_iota(jnp.int32, tile_shape, 0, layout=plgpu.Layout.WGMMA)
+    visible = position < segment.length - start
+    if shape.windowed:
+        visible = visible & (position >= segment.low - start)
+    return visible
+
+
+def _clear_hidden(shape: DecodeShape, values: Any, segment: Segment, start: Array) -> None:
+    """Clears values that the query does not see: a weight of 0 would keep a NaN among them."""
+    visible = _visible(shape, segment, start, values.shape)
+    tile = _wgmma(values[...])
+    values[...] = jnp.where(visible, tile, jnp.zeros((), tile.dtype))
+
+
+def write(shape: DecodeShape, refs: DecodeRefs, index: Array, done: Softmax) -> None:
+    """Writes the outputs and log-sum-exps of one row and KV head."""
+    sums, highest, total = done
+    if shape.has_sinks:
+        sinks = plgpu.load(
+            refs.sinks.at[lax.rem(index, jnp.int32(shape.kv_heads))],
+            layout=plgpu.Layout.WGMMA.reduce(0),
+            optimized=False,
+        )
+        empty = Softmax(jnp.zeros_like(sums), sinks * LOG2_E, jnp.ones_like(total))
+        sums, highest, total = _combine(shape, done, empty)
+    out = sums * _across(1.0 / total, shape.dv)
+    write_out(shape, refs, index, out.astype(refs.out.dtype))
+    store(refs.lse.at[index], (highest + jnp.log2(total)) * (1 / LOG2_E))
+
+
+def write_out(shape: DecodeShape, refs: DecodeRefs, index: Array, out: Array) -> None:
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    store(refs.out_shared.transpose((1, 0)), out)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(refs.out_shared.at[pl.ds(0, shape.group)], refs.out.at[index])
+
+
+def _combine(shape: DecodeShape, one: Softmax, other: Softmax) -> Softmax:
+    highest = jnp.maximum(one.highest, other.highest)
+    keep, grow = jnp.exp2(one.highest - highest), jnp.exp2(other.highest - highest)
+    sums = one.sums * _across(keep, shape.dv) + other.sums * _across(grow, shape.dv)
+    return Softmax(sums, highest, one.total * keep + other.total * grow)
+
+
+def save(refs: DecodeRefs, slot: Array, part: Softmax) -> None:
+    store(refs.sums.at[slot], part.sums)
+    store(refs.highest.at[slot], part.highest)
+    store(refs.totals.at[slot], part.total)
+
+
+def _saved(refs: DecodeRefs, slot: Array) -> Softmax:
+    vector = plgpu.Layout.WGMMA.reduce(0)
+    sums = plgpu.load(refs.sums.at[slot], layout=plgpu.Layout.WGMMA, optimized=False)
+    highest = plgpu.load(refs.highest.at[slot], layout=vector, optimized=False)
+    return Softmax(sums, highest, plgpu.load(refs.totals.at[slot], layout=vector, optimized=False))
+
+
+def merge(
+    shape: DecodeShape,
+    refs: DecodeRefs,
+    part: Softmax,
+    first_share: Array,
+    share: Array,
+    block_of: Callable[[Array], Array],
+) -> Softmax:
+    """Merges the part of a row with those that the shares from `first_share` on have saved."""
+    part_registers = max(1, shape.dv * shape.columns // 128)
+    at_once = max(1, shape.config.merge_registers // part_registers)
+
+    def add_several(index: Array, carry: Softmax) -> Softmax:
+        others = [first_share + index * at_once + i for i in range(at_once)]
+        parts = [_saved(refs, block_of(jnp.minimum(other, share - 1))) for other in others]
+        for other, saved in zip(others, parts, strict=True):
+            absent = jnp.where(other < share, 0.0, -jnp.inf)
+            carry = _combine(shape, carry, saved._replace(highest=saved.highest + absent))
+        return carry
+
+    return lax.fori_loop(0, pl.cdiv(share - first_share, jnp.int32(at_once)), add_several, part)

@@ -1,0 +1,166 @@
+"""Shares of the cached positions of ragged rows, worked out by each block of a kernel.
+
+The tiles of all rows, laid end to end, are cut into shares of equal size (Stream-K, Osama et al.,
+2023), so that ragged lengths and small batches fill the chip alike. What a share holds of one row
+is a *segment*.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+ROWS_AT_ONCE = 16
+"""Lengths that are read at once, so that their latencies overlap."""
+
+
+class Segment(NamedTuple):
+    """The tiles of one row that a share holds."""
+
+    row: Array
+    base: Array
+    """Tiles of all rows before it."""
+    first: Array
+    """The segment's first tile, counted from the row's first visible tile."""
+    count: Array
+    tiles: Array
+    """Tiles of the whole row."""
+    low: Array
+    """First position that the query sees."""
+    length: Array
+
+    @property
+    def starts(self) -> Array:
+        return self.first == 0
+
+    @property
+    def ends(self) -> Array:
+        return self.first + self.count == self.tiles
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Which tiles a share holds."""
+
+    rows: int
+    tile: int
+    """Positions of a tile."""
+    lengths: Any
+    """Reference to the cached positions of each row."""
+    window: Any
+    """Reference to the one window of all rows, 0 for none; or None."""
+    size: Array
+    """Tiles of a share."""
+    begin: Array
+    end: Array
+
+    def low(self, length: Array) -> Array:
+        """Returns the first position that the query of a row of `length` positions sees."""
+        if self.window is None:
+            return jnp.int32(0)
+        window = self.window[0]
+        return jnp.where(window > 0, jnp.maximum(length - window, 0), 0)
+
+    def tiles(self, length: Array) -> Array:
+        """Returns the tiles that the query of a row of `length` positions sees."""
+        tile = jnp.int32(self.tile)
+        return pl.cdiv(length, tile) - lax.div(self.low(length), tile)
+
+    def for_each_segment(self, body: Callable[[Any, Segment], Any], carry: Any) -> None:
+        """Runs `carry = body(carry, segment)` over the share's segments, the last row first.
+
+        So the part that later shares wait for is ready early, and the part that waits comes last.
+        """
+
+        def exhausted(state: tuple[Array, ...]) -> Array:
+            position, _, base, _, _ = state
+            return position <= base
+
+        def next_row(state: tuple[Array, ...]) -> tuple[Array, ...]:
+            position, row, base, _, next_length = state
+            # The length after the next is on its way while the next row is computed.
+            row -= 1
+            return position, row, base - self.tiles(next_length), next_length, self._length(row - 1)
+
+        def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
+            *place, carry = state
+            place = lax.while_loop(exhausted, next_row, tuple(place))
+            position, row, base, length, _ = place
+            begin = jnp.maximum(base, self.begin)
+            tiles, low = self.tiles(length), self.low(length)
+            segment = Segment(row, base, begin - base, position - begin, tiles, low, length)
+            carry = body(carry, segment)
+            return begin, *place[1:], carry
+
+        def unfinished(state: tuple[Any, ...]) -> Array:
+            return state[0] > self.begin
+
+        row, base = self._last_row()
+        place = (self.end, row, base, self._length(row), self._length(row - 1))
+        lax.while_loop(unfinished, step, (*place, carry))
+
+    def _length(self, row: Array) -> Array:
+        return self.lengths[jnp.clip(row, 0, self.rows - 1)]
+
+    def _last_row(self) -> tuple[Array, Array]:
+        """Returns the row that holds the share's last tile, and the tiles of all rows before it."""
+
+        def unfinished(state: tuple[Array, ...]) -> Array:
+            index, _, _, seen = state
+            return (seen < self.end) & (index < self._chunks())
+
+        def skip(state: tuple[Array, ...]) -> tuple[Array, ...]:
+            index, row, base, seen = state
+            for tiles in self._chunk(index):
+                seen += tiles
+                before = seen < self.end
+                row += before.astype(jnp.int32)
+                base = jnp.where(before, seen, base)
+            return index + 1, row, base, seen
+
+        zero = jnp.int32(0)
+        _, row, base, _ = lax.while_loop(unfinished, skip, (zero, zero, zero, zero))
+        return row, base
+
+    def total(self) -> Array:
+        """Returns the tiles of all rows."""
+
+        def add(index: Array, total: Array) -> Array:
+            return sum(self._chunk(index), total)
+
+        return lax.fori_loop(0, self._chunks(), add, jnp.int32(0))
+
+    def _chunks(self) -> int:
+        return -(-self.rows // self._at_once())
+
+    def _at_once(self) -> int:
+        return min(self.rows, ROWS_AT_ONCE)
+
+    def _chunk(self, index: Array) -> list[Array]:
+        """Returns the tiles of the next rows, 0 past the last."""
+        rows = [index * self._at_once() + i for i in range(self._at_once())]
+        lengths = [self._length(row) for row in rows]
+        return [
+            jnp.where(row < self.rows, self.tiles(length), 0)
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+
+
+def plan_share(
+    share: Array, shares: int, *, rows: int, tile: int, min_tiles: int, lengths: Any, window: Any
+) -> Schedule:
+    """Returns the schedule of one of `shares` shares of at least `min_tiles` tiles."""
+    zero = jnp.int32(0)
+    schedule = Schedule(
+        rows=rows, tile=tile, lengths=lengths, window=window, size=zero, begin=zero, end=zero
+    )
+    total = schedule.total()
+    size = jnp.maximum(pl.cdiv(total, jnp.int32(shares)), min_tiles)
+    begin = share * size
+    return dataclasses.replace(
+        schedule, size=size, begin=begin, end=jnp.minimum(begin + size, total)
+    )

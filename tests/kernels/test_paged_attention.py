@@ -1,0 +1,180 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import pallas_kernels
+from pallas_kernels import reference
+from pallas_kernels.paged_attention import decode_sm90
+from pallas_kernels.paged_attention.configs import decode_config
+from pallas_kernels.paged_attention.decode_shape import DecodeConfig
+
+PAGE, LAYER = 16, 1
+NO_PAGE = 2**30
+
+
+def decode_case(lengths: list[int], *, heads=4, kv_heads=1, d=64, dv=64, page=PAGE, seed=0):
+    """Random queries over shuffled pages; whatever a row does not own is NaN, or no page at all."""
+    rng = np.random.default_rng(seed)
+    rows, width = len(lengths), max(1, -(-max(lengths) // page))
+    pool = rows * width + 2
+    table = rng.permutation(pool)[: rows * width].reshape(rows, width).astype(np.int32)
+    owned = np.zeros((pool, page), bool)
+    for row, length in enumerate(lengths):
+        used = -(-length // page)
+        for column in range(used):
+            owned[table[row, column]] = np.arange(page) < length - column * page
+        table[row, used:] = NO_PAGE
+
+    def pages(features: int) -> jax.Array:
+        values = rng.normal(size=(2, pool, page, kv_heads, features))
+        return jnp.asarray(np.where(owned[None, :, :, None, None], values, np.nan), jnp.bfloat16)
+
+    q = jnp.asarray(rng.normal(size=(rows, heads, d)), jnp.bfloat16)
+    return q, pages(d), pages(dv), LAYER, jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
+
+
+def decode(case, *, blocks=1, races=True, **options):
+    """The kernel under the interpreter, which runs blocks in turn and knows no signals."""
+    config = DecodeConfig(blocks=blocks, kv_block=64, stages=2, synchronize=False)
+    params = plgpu.InterpretGPUParams(detect_races=races, out_of_bounds_reads="uninitialized")
+    return decode_sm90.paged_decode(
+        *case, scale=0.125, config=options.pop("config", config), interpret=params, **options
+    )
+
+
+def expected(case, **options):
+    """The reference in float32; it takes a table of real pages, and masks what is not owned."""
+    q, k_pages, v_pages, layer, table, lengths = case
+    return reference.paged_attention(
+        q.astype(jnp.float32),
+        k_pages.astype(jnp.float32),
+        v_pages.astype(jnp.float32),
+        layer,
+        jnp.where(table == NO_PAGE, 0, table),
+        jnp.arange(len(lengths) + 1),
+        lengths,
+        scale=0.125,
+        max_query_length=1,
+        **options,
+    )
+
+
+def assert_equal_attention(got, want):
+    out, lse = (np.asarray(array, np.float32) for array in got)
+    np.testing.assert_allclose(out, want[0], atol=2**-6)
+    np.testing.assert_allclose(lse, want[1], atol=1e-5)
+
+
+def test_decode_kernel_agrees_with_float32_and_has_no_race():
+    case = decode_case([100, 0, 1, 15, 16, 17, 64])
+    assert_equal_attention(decode(case), expected(case))
+    assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": jnp.int32(70)},
+        {"window": 5, "soft_cap": 2.0, "sinks": jnp.asarray([-2.0, 0.0, 1.0, 9.0])},
+    ],
+    ids=["window", "all"],
+)
+def test_decode_kernel_knows_every_option_of_the_reference(options):
+    case = decode_case([130, 3])
+    assert_equal_attention(decode(case, **options), expected(case, **options))
+
+
+@pytest.mark.parametrize("page", [32, 128])
+def test_decode_kernel_reads_pages_of_every_size(page):
+    case = decode_case([page - 1, page, page + 1], page=page)
+    assert_equal_attention(decode(case), expected(case))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(heads=12), dict(heads=2, kv_heads=2, d=128, dv=192)],
+    ids=str,
+)
+def test_decode_kernel_takes_any_group_and_head_dimension(sizes):
+    case = decode_case([40, 70], **sizes)
+    blocks = case[1].shape[3]
+    assert_equal_attention(decode(case, blocks=blocks), expected(case))
+
+
+@pytest.mark.parametrize("blocks", [3, 7])
+def test_rows_that_several_blocks_share_are_merged(blocks):
+    # Without signals between blocks, the detector would rightly report their sums as a race.
+    case = decode_case([250, 0, 10, 130])
+    assert_equal_attention(decode(case, blocks=blocks, races=False), expected(case))
+
+
+def test_pages_below_the_window_are_not_read():
+    q, k_pages, v_pages, layer, table, lengths = decode_case([150])
+    table = table.at[0, : 150 // PAGE - 1].set(NO_PAGE)
+    case = q, k_pages, v_pages, layer, table, lengths
+    whole = decode_case([150])
+    assert_equal_attention(decode(case, window=jnp.int32(20)), expected(whole, window=20))
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, d, page",
+    [(32, 8, 128, 64), (64, 8, 64, 16), (64, 1, 128, 128)],
+)
+def test_every_shipped_configuration_lowers_for_cuda(heads, kv_heads, d, page):
+    config = decode_config(heads=heads, kv_heads=kv_heads, d=d, dv=d, num_sms=132)
+    run = functools.partial(decode_sm90.paged_decode, scale=d**-0.5, config=config)
+    pages = jax.ShapeDtypeStruct((2, 100, page, kv_heads, d), jnp.bfloat16)
+    arguments = (
+        jax.ShapeDtypeStruct((4, heads, d), jnp.bfloat16),
+        pages,
+        pages,
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((4, 10), jnp.int32),
+        jax.ShapeDtypeStruct((4,), jnp.int32),
+    )
+    lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        (dict(d=80), "head dimensions 80 and 64; it takes multiples of 64 up to 256"),
+        (dict(heads=130, kv_heads=1), "130 query heads a KV head; it takes up to 64"),
+        (dict(page=24), "pages of 24; it takes powers of 2 from 16 on"),
+    ],
+)
+def test_decode_kernel_says_what_it_does_not_cover(sizes, message):
+    with pytest.raises(NotImplementedError, match=message):
+        decode(decode_case([3], **sizes))
+
+
+def test_a_machine_without_a_hopper_gpu_runs_the_reference():
+    q, k_pages, v_pages, layer, table, lengths = decode_case([20, 3])
+    table = jnp.where(table == NO_PAGE, 0, table)
+    arguments = q, k_pages, v_pages, layer, table, jnp.arange(3), lengths
+    run = functools.partial(pallas_kernels.paged_attention, scale=0.125, max_query_length=1)
+    want = reference.paged_attention(*arguments, scale=0.125, max_query_length=1)
+    np.testing.assert_array_equal(run(*arguments)[0], want[0])
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
+        run(*arguments, implementation="decode_sm90")
+    with pytest.raises(ValueError, match="use None or one of decode_sm90, reference"):
+        run(*arguments, implementation="flash")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", [16, 64, 128])
+@pytest.mark.parametrize("d", [64, 128])
+def test_decode_kernel_agrees_with_float32_on_the_gpu(d, page):
+    lengths = [page * 31, 0, 1, page - 1, page, page + 1]
+    case = decode_case(lengths, heads=32, kv_heads=8, d=d, dv=d, page=page)
+    arguments = *case[:5], jnp.arange(len(lengths) + 1), case[5]
+    run = functools.partial(pallas_kernels.paged_attention, implementation="decode_sm90")
+    got = jax.jit(functools.partial(run, scale=0.125, max_query_length=1))(*arguments)
+    with jax.default_matmul_precision("highest"):
+        assert_equal_attention(got, expected(case))
