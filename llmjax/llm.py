@@ -19,28 +19,20 @@ from jaxtyping import Float32
 from tqdm.auto import tqdm
 
 from llmjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
-from llmjax.distributed import broadcast, check_agreement
+from llmjax.distributed import DistributedError, broadcast, check_agreement
 from llmjax.engine.compile import enable_compile_cache
 from llmjax.engine.engine import Engine
 from llmjax.engine.request import Request
 from llmjax.engine.runner import Runner
 from llmjax.models.registry import find_family
-from llmjax.outputs import (
-    Completion,
-    CompletionOutput,
-    Delta,
-    RequestOutput,
-    describe_logprobs,
-)
+from llmjax.outputs import Completion, Delta, RequestOutput, describe_logprobs
+from llmjax.prompts import Prompt, as_batch, encode_prompt, prompt_text
 from llmjax.tokenizer import load_tokenizer
 from llmjax.weights import EMBEDDED_MODEL, open_checkpoint
 from llmjax.weights.model import load_model, random_model
 from meshes import ParallelPlan, PlanError, Rules, make_mesh
 
 logger = logging.getLogger(__name__)
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text, token ids, or chat messages."""
 
 
 class LLM:
@@ -92,6 +84,7 @@ class LLM:
         self.tokenizer = load_tokenizer(checkpoint.path)
         self._stop_ids = _read_stop_ids(checkpoint, self.tokenizer)
         self._generation_config = checkpoint.generation_config
+        self._check_agreement(engine_config, dtype)
         if load_format == "dummy":
             weights = random_model(
                 self.config, self.rules, self.mesh, dtype=dtype, seed=engine_config.seed
@@ -107,6 +100,7 @@ class LLM:
                 progress=self.progress,
             )
         runner = Runner(self.config, self.rules, self.mesh, weights, engine_config)
+        check_agreement({"the pages of the KV cache": str(runner.num_pages)})
         self.engine = Engine(runner)
         self._live: dict[int, Completion] = {}
         self._num_requests = 0
@@ -125,7 +119,7 @@ class LLM:
         Raises:
             ConfigError: a prompt is empty, too long or has ids the model does not know.
         """
-        batch = _as_batch(prompts)
+        batch = as_batch(prompts)
         params = self._params_of_each(sampling_params, len(batch))
         requests = self._submit(batch, params)
         completions = [completion for group in requests for completion in group]
@@ -136,7 +130,7 @@ class LLM:
             disable=not (use_tqdm and self.progress),
         )
         started = time.perf_counter()
-        with bar:
+        try:
             while unfinished := [one for one in completions if not one.is_finished]:
                 self._advance(unfinished[0])
                 _take_deltas(completions)
@@ -146,8 +140,12 @@ class LLM:
                     rate = tokens / (time.perf_counter() - started)
                     bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
                     bar.update(done - bar.n)
-        check_agreement(self.engine.scheduler.digest())
-        return [self._collect(prompt, group) for prompt, group in zip(batch, requests, strict=True)]
+            check_agreement({"the steps computed": self.engine.scheduler.digest()})
+            pairs = zip(batch, requests, strict=True)
+            return [self._collect(prompt, group) for prompt, group in pairs]
+        finally:
+            bar.close()
+            self._close(completions)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -164,7 +162,16 @@ class LLM:
     async def generate_async(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> AsyncIterator[Delta]:
-        """`stream` for coroutines; any number of them share the engine's batches."""
+        """`stream` for coroutines; any number of them share the engine's batches.
+
+        Raises:
+            DistributedError: there are several processes, in which tasks would not run alike.
+        """
+        if jax.process_count() > 1:
+            raise DistributedError(
+                "generate_async runs in one process only: with several use generate or stream, "
+                "in the same order in each."
+            )
         group = self._submit([prompt], self._params_of_each(sampling_params, 1))[0]
         try:
             while unfinished := [one for one in group if not one.is_finished or one.deltas]:
@@ -192,7 +199,14 @@ class LLM:
 
     def logits(self, prompt: Prompt) -> Float32[np.ndarray, "tokens vocab"]:
         """Logits at every position of a prompt, for looking inside; compiles for each length."""
-        return self.engine.runner.logits(self._encode(prompt))
+        return self.engine.runner.logits(encode_prompt(prompt, self.tokenizer))
+
+    def _check_agreement(self, engine_config: EngineConfig, dtype: jnp.dtype) -> None:
+        """Makes sure that all processes run the same program before they meet in it."""
+        options = asdict(engine_config) | {"dtype": dtype.name, "compile_cache": None}
+        options["logits_processors"] = list(engine_config.logits_processors)
+        facts = {"jax": jax.__version__, "model": self.config, "plan": self.plan, **options}
+        check_agreement({name: str(value) for name, value in facts.items()})
 
     def _choose_dtype(self, asked: str | None) -> jnp.dtype:
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
@@ -212,24 +226,11 @@ class LLM:
             )
         return list(params)
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if not len(prompt):
-            raise ConfigError("A prompt is empty: give at least one token.")
-        if not isinstance(prompt, str) and not isinstance(prompt[0], Mapping):
-            return [_as_token(token) for token in prompt]
-        if self.tokenizer is None:
-            raise ConfigError("This model's folder has no tokenizer: give token ids, not text.")
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt)
-        messages: Any = prompt
-        text = self.tokenizer.apply_chat_template(messages)
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
     def _submit(
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
     ) -> list[list[Completion]]:
         """Queues all prompts or, if one of them is refused, none."""
-        encoded = [self._encode(prompt) for prompt in prompts]
+        encoded = [encode_prompt(prompt, self.tokenizer) for prompt in prompts]
         shared = broadcast([encoded, [asdict(one) for one in params]])
         encoded, params = shared[0], [_params_from_json(one) for one in shared[1]]
         groups: list[list[Completion]] = []
@@ -267,53 +268,37 @@ class LLM:
         with self._lock:
             if completion.deltas or completion.is_finished:
                 return
-            for request in self.engine.step():
-                one = self._live.get(request.id)
-                if one is not None:
-                    one.update()
-                    if one.stop_text is not None:
-                        self.engine.finish(request, one.stop_text)
+            self._take_in(self.engine.step())
+
+    def _take_in(self, requests: Sequence[Request]) -> None:
+        """Turns the new tokens of requests into text, and ends those that reached a stop text."""
+        for request in requests:
+            one = self._live.get(request.id)
+            if one is not None:
+                one.update()
+                if one.stop_text is not None:
+                    self.engine.finish(request, one.stop_text)
 
     def _close(self, group: Sequence[Completion]) -> None:
+        """Ends requests, wherever they are, and forgets them."""
         with self._lock:
             for completion in group:
                 self._live.pop(completion.request.id, None)
-                self.engine.cancel(completion.request)
+                # Reading the steps in flight brings tokens of other requests too.
+                self._take_in(self.engine.cancel(completion.request))
 
     def _collect(self, prompt: Prompt, group: Sequence[Completion]) -> RequestOutput:
         first = group[0].request
-        text = prompt if isinstance(prompt, str) else None
-        if text is None and self.tokenizer is not None and isinstance(prompt[0], Mapping):
-            text = self.tokenizer.decode(first.prompt_ids, skip_special_tokens=False)
         scored = None
         if first.params.prompt_logprobs is not None:
             entries = self.engine.logprobs(first)[1]
             scored = (None, *(describe_logprobs(entry, self.tokenizer) for entry in entries))
-        output = RequestOutput(
-            prompt=text,
+        return RequestOutput(
+            prompt=prompt_text(prompt, first.prompt_ids, self.tokenizer),
             prompt_token_ids=first.prompt_ids,
             prompt_logprobs=scored,
-            outputs=tuple(self._describe(one) for one in group),
+            outputs=tuple(one.describe(self.engine.logprobs(one.request)[0]) for one in group),
             num_cached_tokens=first.num_cached,
-        )
-        self._close(group)
-        return output
-
-    def _describe(self, completion: Completion) -> CompletionOutput:
-        request = completion.request
-        logprobs = total = None
-        if request.params.logprobs is not None:
-            entries = self.engine.logprobs(request)[0][: len(completion.token_ids)]
-            logprobs = tuple(describe_logprobs(entry, self.tokenizer) for entry in entries)
-            total = sum(entry.logprob for entry in entries)
-        return CompletionOutput(
-            index=completion.index,
-            text=completion.text,
-            token_ids=tuple(completion.token_ids),
-            logprobs=logprobs,
-            cumulative_logprob=total,
-            finish_reason=completion.finish_reason,
-            stop_reason=completion.stop_text or request.stop_reason,
         )
 
 
@@ -360,23 +345,6 @@ def _read_stop_ids(checkpoint: Any, tokenizer: Any) -> tuple[int, ...]:
         ids += value if isinstance(value, list) else [] if value is None else [value]
     ids += tokenizer.stop_ids if tokenizer else ()
     return tuple(dict.fromkeys(ids))
-
-
-def _as_batch(prompts: Any) -> list[Prompt]:
-    """A list of prompts from one prompt or several."""
-    if isinstance(prompts, str):
-        return [prompts]
-    prompts = list(prompts)
-    one = bool(prompts) and isinstance(prompts[0], int | np.integer | Mapping)
-    return [prompts] if one else prompts
-
-
-def _as_token(token: Any) -> int:
-    if isinstance(token, int | np.integer) and not isinstance(token, bool):
-        return int(token)
-    raise ConfigError(
-        f"A prompt holds {token!r}: give text, a list of token ids, or a list of chat messages."
-    )
 
 
 def _params_from_json(values: dict[str, Any]) -> SamplingParams:

@@ -88,6 +88,7 @@ class Completion:
         self.stop_text: str | None = None
         self.deltas: deque[Delta] = deque()
         params = request.params
+        self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer, params.skip_special_tokens) if tokenizer else None
         self._seen = 0
         self._held = ""
@@ -115,12 +116,14 @@ class Completion:
         if self._decoder is not None:
             text += self._decoder.push(shown)
             text += self._decoder.flush() if ended else ""
-        text = self._cut_at_stop(text)
+        # Stop texts, like stop tokens, count only after min_tokens.
+        stops = params.stop if len(self.token_ids) > params.min_tokens else ()
+        text = self._cut_at_stop(text, stops)
         if self.stop_text is not None or ended:
             self._held = ""
             self.finish_reason = "stop" if self.stop_text is not None else request.finish_reason
         else:
-            self._held = text[len(text) - _held_back(text, params.stop) :]
+            self._held = text[len(text) - _held_back(text, stops) :]
             text = text[: len(text) - len(self._held)]
         self.text += text
         if text or new or self.is_finished:
@@ -133,8 +136,26 @@ class Completion:
                 )
             )
 
-    def _cut_at_stop(self, text: str) -> str:
-        found = [(text.find(stop), stop) for stop in self.request.params.stop if stop in text]
+    def describe(self, entries: Sequence[TokenLogprobs]) -> CompletionOutput:
+        """What the user gets; `entries` are the engine's log-probabilities of its tokens."""
+        logprobs = total = None
+        if self.request.params.logprobs is not None:
+            # The tokens that were in flight when a stop text came are no part of it.
+            entries = entries[: len(self.token_ids)]
+            logprobs = tuple(describe_logprobs(entry, self._tokenizer) for entry in entries)
+            total = sum(entry.logprob for entry in entries)
+        return CompletionOutput(
+            index=self.index,
+            text=self.text,
+            token_ids=tuple(self.token_ids),
+            logprobs=logprobs,
+            cumulative_logprob=total,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_text or self.request.stop_reason,
+        )
+
+    def _cut_at_stop(self, text: str, stops: Sequence[str]) -> str:
+        found = [(text.find(stop), stop) for stop in stops if stop in text]
         if not found:
             return text
         place, self.stop_text = min(found)
