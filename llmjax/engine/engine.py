@@ -110,12 +110,17 @@ class Engine:
         """Ends a request whose text reached a stop text."""
         self.scheduler.finish(request.id, "stop", stop_text)
 
-    def cancel(self, request: Request) -> None:
-        """Aborts a request; its pages are free when this returns."""
+    def cancel(self, request: Request) -> list[Request]:
+        """Aborts a request; its pages are free when this returns.
+
+        Returns the other requests that got a token from the steps that had to be read for it.
+        """
         self.scheduler.cancel(request.id)
+        updated: list[Request] = []
         while request.in_flight and self._in_flight:
-            self._read(self._in_flight.popleft())
+            updated += self._read(self._in_flight.popleft())
         self.forget(request)
+        return updated
 
     def forget(self, request: Request) -> None:
         """Drops what the engine keeps of a finished request."""
