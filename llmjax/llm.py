@@ -268,6 +268,8 @@ class LLM:
         with self._lock:
             if completion.deltas or completion.is_finished:
                 return
+            if not self.engine.has_work:
+                raise RuntimeError(f"request {completion.request.id} is lost: nothing is running")
             self._take_in(self.engine.step())
 
     def _take_in(self, requests: Sequence[Request]) -> None:
