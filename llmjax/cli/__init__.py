@@ -183,7 +183,7 @@ def main() -> None:
         app()
     except SystemExit as end:
         if end.code:
-            end_now(1)
+            end_now(end.code if isinstance(end.code, int) else 1)
         raise
     except USER_ERRORS as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
