@@ -22,6 +22,7 @@ from llmjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
 from llmjax.distributed import DistributedError, broadcast, check_agreement
 from llmjax.engine.compile import enable_compile_cache
 from llmjax.engine.engine import Engine
+from llmjax.engine.interrupts import uninterrupted
 from llmjax.engine.request import Request
 from llmjax.engine.runner import Runner
 from llmjax.models.registry import find_family
@@ -240,7 +241,7 @@ class LLM:
                     groups.append([])
                     for index in range(one.n):
                         groups[-1].append(self._start(ids, one, index))
-            except ConfigError:
+            except BaseException:
                 for group in groups:
                     self._close(group)
                 raise
@@ -283,7 +284,7 @@ class LLM:
 
     def _close(self, group: Sequence[Completion]) -> None:
         """Ends requests, wherever they are, and forgets them."""
-        with self._lock:
+        with self._lock, uninterrupted():
             for completion in group:
                 self._live.pop(completion.request.id, None)
                 # Reading the steps in flight brings tokens of other requests too.

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -316,14 +317,19 @@ def test_closing_one_stream_while_another_ends_loses_no_token(llm, lead):
     assert deltas[-1].finish_reason == "length"
 
 
-def test_an_interrupted_generate_leaves_nothing_behind(llm, monkeypatch):
-    def interrupt(requests):
-        monkeypatch.undo()
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("place", ["dispatch", "forget"])
+def test_an_interrupt_in_the_middle_of_a_step_leaves_nothing_behind(llm, monkeypatch, place):
+    work = getattr(llm.engine.runner, place)
+    calls = iter(range(100))
 
-    monkeypatch.setattr(llm, "_take_in", interrupt)
+    def interrupt_third(argument):
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return work(argument)
+
+    monkeypatch.setattr(llm.engine.runner, place, interrupt_third)
     with pytest.raises(KeyboardInterrupt):
-        llm.generate([STORY] * 2, GREEDY)
+        llm.generate([STORY] * 4, GREEDY)
     assert_idle(llm)
     [output] = llm.chat(FRANCE, GREEDY)
     assert output.outputs[0].text == "The capital of France is Paris."

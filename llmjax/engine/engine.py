@@ -8,6 +8,7 @@ import numpy as np
 
 from llmjax.config import ConfigError
 from llmjax.engine.compile import CompileWatch
+from llmjax.engine.interrupts import uninterrupted
 from llmjax.engine.request import Request
 from llmjax.engine.runner import MAX_BIAS, MAX_STOP_IDS, Dispatched, Runner
 from llmjax.engine.schedule import Work
@@ -90,7 +91,7 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Runs the engine one step further and returns the requests that got a token."""
-        with self._watch:
+        with self._watch, uninterrupted():
             updated = self._step()
         self.stats.compilations = self._watch.count
         return updated
@@ -103,7 +104,7 @@ class Engine:
             self._in_flight.append(dispatched)
             self._count(dispatched)
         if self._in_flight and (schedule is None or len(self._in_flight) > self._ahead):
-            return self._read(self._in_flight.popleft())
+            return self._read_oldest()
         return []
 
     def finish(self, request: Request, stop_text: str) -> None:
@@ -115,11 +116,12 @@ class Engine:
 
         Returns the other requests that got a token from the steps that had to be read for it.
         """
-        self.scheduler.cancel(request.id)
         updated: list[Request] = []
-        while request.in_flight and self._in_flight:
-            updated += self._read(self._in_flight.popleft())
-        self.forget(request)
+        with uninterrupted():
+            self.scheduler.cancel(request.id)
+            while request.in_flight and self._in_flight:
+                updated += self._read_oldest()
+            self.forget(request)
         return updated
 
     def forget(self, request: Request) -> None:
@@ -176,6 +178,12 @@ class Engine:
         self.stats.tokens += fed
         self.stats.padded_tokens += dispatched.bucket.tokens * self.runner.num_ranks - fed
         self.stats.chunked_prefills += sum(not work.samples for work in works)
+
+    def _read_oldest(self) -> list[Request]:
+        updated = self._read(self._in_flight[0])
+        # Only now: a step that cannot be read stays in flight, and its error is the one raised.
+        self._in_flight.popleft()
+        return updated
 
     def _read(self, dispatched: Dispatched) -> list[Request]:
         """Waits for a step's tokens and hands them to the scheduler."""
