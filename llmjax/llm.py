@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import logging
 import os
 import threading
 import time
@@ -32,8 +31,6 @@ from llmjax.tokenizer import load_tokenizer
 from llmjax.weights import EMBEDDED_MODEL, open_checkpoint
 from llmjax.weights.model import load_model, random_model
 from meshes import ParallelPlan, PlanError, Rules, make_mesh
-
-logger = logging.getLogger(__name__)
 
 
 class LLM:

@@ -1,6 +1,5 @@
 """Runs steps on the devices: owns the weights, the state and the compiled programs."""
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,14 +19,12 @@ from llmjax.engine.batch import Bucket, pack_schedule, sampling_columns
 from llmjax.engine.compile import choose_buckets, compile_steps, count_pages, pick_bucket
 from llmjax.engine.request import Request
 from llmjax.engine.schedule import Schedule, SchedulerConfig, Work
-from llmjax.engine.step import EngineState, StepMaker, StepOutput, Weights
+from llmjax.engine.step import EngineState, StepMaker, StepOutput
 from llmjax.layers.kv_cache import empty_cache
 from llmjax.layers.sampler_state import GENERATED, PROMPT, UNUSED, fill_slot, init_state
 from llmjax.models.decoder import LayerLoop, head_slots, padded_vocab
-from llmjax.weights.model import abstract_decoder
+from llmjax.weights.model import Weights, abstract_decoder
 from meshes import Rules
-
-logger = logging.getLogger(__name__)
 
 FILL_CHUNK = 1024
 """Token ids that one call of `fill_slot` takes."""

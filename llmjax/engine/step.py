@@ -19,10 +19,8 @@ from llmjax.layers.sampler import Sampled, SampleRows, sample
 from llmjax.layers.sampler_state import SamplerState
 from llmjax.models.decoder import Decoder, LayerLoop
 from llmjax.parallel.collectives import all_gather, axis_index, island
+from llmjax.weights.model import Weights
 from meshes import Rules
-
-Weights = dict[str, Any]
-"""A model's weights as nested plain dictionaries."""
 
 
 @jax.tree_util.register_dataclass

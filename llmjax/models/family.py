@@ -166,9 +166,9 @@ def attention_sources(config: ModelConfig, slots: HeadSlots, prefix: str) -> Sou
             Source(name=prefix + "o_proj.bias", shape=(embed,)),
         )
     if config.qk_norm:
-        for ours, theirs in (("q_norm", "q_norm"), ("k_norm", "k_norm")):
-            sources[f"layers.attention.{ours}.scale"] = (
-                Source(name=f"{prefix}{theirs}.weight", shape=(head_dim,)),
+        for norm in ("q_norm", "k_norm"):
+            sources[f"layers.attention.{norm}.scale"] = (
+                Source(name=f"{prefix}{norm}.weight", shape=(head_dim,)),
             )
     return sources
 
