@@ -145,6 +145,16 @@ class EngineConfig:
     """Read the tokens of a step before the next one is dispatched."""
     dtype: str | None = None
     """Type of weights, activations and cache; None: float32 on CPU, the checkpoint's on a GPU."""
+    moe_dispatch: Literal["auto", "allreduce", "allgather", "all_to_all"] = "auto"
+    """How tokens reach the experts' ranks; auto: the cheapest one for each step shape."""
+    moe_max_num_tokens: int | None = None
+    """Tokens that the experts of a rank take at once, more go in rounds; None: all of a step."""
+    attention_dp_balance: bool = False
+    """Hold prefills back until all batch ranks have one, so that ranks prefill together."""
+    attention_dp_timeout_iters: int = 50
+    """With balance: steps after which a rank without prefills is no longer waited for."""
+    attention_dp_batching_wait_iters: int = 10
+    """With balance: further steps in which prefills of all ranks gather before they run."""
     batch_buckets: tuple[int, ...] = ()
     """Batch sizes a rank for which steps are compiled; empty: derived from max_batch_size."""
     token_buckets: tuple[int, ...] = ()
@@ -198,6 +208,9 @@ ALIASES = {
 
 DTYPES = ("float32", "bfloat16", "float16")
 """Types in which a model can run."""
+
+DISPATCHES = ("allreduce", "allgather", "all_to_all")
+"""Ways of tokens to the ranks of their experts and back."""
 
 
 def resolve_dtype_name(dtype: Any) -> str | None:
@@ -384,6 +397,14 @@ _ENGINE_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a number above 0 and at most 1",
     ),
     "layer_loop": (_is_one_of(None, "scan", "unroll"), '"scan", "unroll" or None'),
+    "moe_dispatch": (
+        _is_one_of("auto", *DISPATCHES),
+        '"auto", ' + " or ".join(f'"{name}"' for name in DISPATCHES),
+    ),
+    "moe_max_num_tokens": _COUNT_OR_NONE,
+    "attention_dp_balance": (_is_one_of(True, False), "True or False"),
+    "attention_dp_timeout_iters": (_at_least(0), "a whole number from 0 up"),
+    "attention_dp_batching_wait_iters": (_at_least(0), "a whole number from 0 up"),
     "max_logprobs": (_at_least(0), "a whole number from 0 up"),
     "dtype": (_is_one_of(None, *DTYPES), ", ".join(DTYPES)),
     "logits_processors": (_are_few, "at most 31 functions"),
