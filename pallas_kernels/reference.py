@@ -4,6 +4,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.activation import ACTIVATIONS
+
 QUERY_BLOCK = 64
 """Queries of one row that are computed together."""
 KV_BLOCK = 256
@@ -129,12 +131,15 @@ def grouped_gemm(
     group_sizes: Int[Array, "all_groups"],
     layer: Int[Array, ""] | int,
     *,
+    bias: Float[Array, "layers groups n"] | None = None,
+    activation: str | None = None,
     first_group: Int[Array, ""] | int = 0,
-) -> Float[Array, "rows n"]:
+) -> Float[Array, "rows out"]:
     """Multiplies each group's rows with that group's matrix; rows of absent groups give 0.
 
-    Group g owns the `group_sizes[g]` rows after those of the groups before it. `rhs` holds the
-    groups from `first_group` on. Sums are float32.
+    Group g owns the `group_sizes[g]` rows after those of the groups before it. `rhs` and `bias`
+    hold the groups from `first_group` on. Sums are float32. With an `activation`, the first half of
+    the n columns is the gate and the second half what it gates, and n / 2 columns come out.
 
     The work follows the rows: one product per block of `ROW_BLOCK` rows of one group.
     """
@@ -155,9 +160,14 @@ def grouped_gemm(
             rhs[layer, group],
             preferred_element_type=jnp.float32,
         )
+        if bias is not None:
+            product += bias[layer, group].astype(jnp.float32)
+        if activation is not None:
+            product = ACTIVATIONS[activation](*jnp.split(product, 2, axis=1))
         return out.at[row].set(product.astype(out.dtype), mode="drop")
 
-    return lax.fori_loop(0, block_ends[-1], one_block, jnp.zeros((rows, rhs.shape[3]), lhs.dtype))
+    columns = rhs.shape[3] if activation is None else rhs.shape[3] // 2
+    return lax.fori_loop(0, block_ends[-1], one_block, jnp.zeros((rows, columns), lhs.dtype))
 
 
 def _query_blocks(

@@ -8,6 +8,7 @@ from jax.extend import backend
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
+from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import mosaic_sm90
 from pallas_kernels.grouped_gemm.configs import config_for
 
@@ -22,14 +23,20 @@ def grouped_gemm(
     group_sizes: Int[Array, "all_groups"],
     layer: Int[Array, ""] | int,
     *,
+    bias: Float[Array, "layers groups n"] | None = None,
+    activation: str | None = None,
     first_group: Int[Array, ""] | int = 0,
     implementation: str | None = None,
-) -> Float[Array, "rows n"]:
+) -> Float[Array, "rows out"]:
     """Multiplies each group's rows with that group's matrix of one layer, sums in float32.
 
-    Group g owns the `group_sizes[g]` rows after those of the groups before it. `rhs` holds the
-    groups from `first_group` on: rows of groups that it lacks, and rows past the last group, come
-    back unspecified, and must be masked, not multiplied by 0. The sizes are read on the device.
+    Group g owns the `group_sizes[g]` rows after those of the groups before it. `rhs` and `bias`
+    hold the groups from `first_group` on: rows of groups that they lack, and rows past the last
+    group, come back unspecified, and must be masked, not multiplied by 0. The sizes are read on the
+    device.
+
+    The `activation`, one of `ACTIVATIONS`, is applied to the float32 sums: the first half of the n
+    columns is the gate, the second half what it gates, and n / 2 columns come out.
 
     `implementation=None` takes the Hopper kernel where it can run, else the XLA reference, whose
     work follows the rows too (`lax.ragged_dot` on CUDA multiplies every row with every group).
@@ -40,8 +47,18 @@ def grouped_gemm(
             f"implementation={implementation!r} does not exist; use None or one of "
             f"{', '.join(IMPLEMENTATIONS)}"
         )
+    if activation not in (None, *ACTIVATIONS):
+        raise ValueError(
+            f"activation={activation!r} does not exist; use None or one of {', '.join(ACTIVATIONS)}"
+        )
+    if activation is not None and rhs.shape[3] % 2:
+        raise ValueError(
+            f"activation={activation!r} needs as many columns of gate as of up, so an even number "
+            f"in all; rhs has {rhs.shape[3]}"
+        )
     device = backend.get_default_device()
     operands = (lhs, rhs, group_sizes, layer)
+    options = {"bias": bias, "activation": activation, "first_group": first_group}
     if implementation != "reference":
         try:
             if not _is_hopper(device):
@@ -50,6 +67,8 @@ def grouped_gemm(
                 rows=lhs.shape[0], groups=group_sizes.shape[0], k=rhs.shape[2], n=rhs.shape[3]
             )
             mosaic_sm90.check_covered(lhs, rhs, config)
+            if bias is not None or activation is not None:
+                raise NotImplementedError("adds no bias and fuses no activation")
         except NotImplementedError as error:
             if implementation is not None:
                 raise
@@ -59,7 +78,7 @@ def grouped_gemm(
             return mosaic_sm90.grouped_gemm(
                 *operands, first_group=first_group, config=config, num_sms=device.core_count
             )
-    return reference.grouped_gemm(*operands, first_group=first_group)
+    return reference.grouped_gemm(*operands, **options)
 
 
 def _is_hopper(device: Any) -> bool:

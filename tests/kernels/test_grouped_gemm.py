@@ -9,6 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import pallas_kernels
 from pallas_kernels import reference
+from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import configs, mosaic_sm90
 from pallas_kernels.grouped_gemm.mosaic_sm90 import TileConfig
 
@@ -32,7 +33,7 @@ def operands(seed: int, sizes: list[int], *, groups: int, k: int = 128, n: int =
     return lhs, rhs, jnp.asarray(sizes, jnp.int32)
 
 
-def exact(lhs, rhs, sizes, layer, first_group):
+def exact(lhs, rhs, sizes, layer, first_group, bias=None, activation=None):
     """The products group by group in float64, NaN for rows of absent groups."""
     lhs, rhs = np.asarray(lhs, np.float64), np.asarray(rhs, np.float64)[layer]
     out = np.full((lhs.shape[0], rhs.shape[2]), np.nan)
@@ -41,7 +42,20 @@ def exact(lhs, rhs, sizes, layer, first_group):
         group = first_group + index
         rows = slice(ends[group] - sizes[group], ends[group])
         out[rows] = lhs[rows] @ weights
-    return out
+        if bias is not None:
+            out[rows] += np.asarray(bias, np.float64)[layer, index]
+    if activation is None:
+        return out
+    gate, up = np.split(out, 2, axis=1)
+    if activation == "silu":
+        return gate / (1 + np.exp(-gate)) * up
+    gate = np.minimum(gate, 7)
+    return gate / (1 + np.exp(-1.702 * gate)) * (np.clip(up, -7, 7) + 1)
+
+
+def random_bias(seed: int, rhs):
+    layers, groups, _, n = rhs.shape
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(layers, groups, n)), rhs.dtype)
 
 
 def assert_close(out, want):
@@ -56,6 +70,15 @@ def test_reference_multiplies_each_group_with_its_own_matrix(sizes):
     lhs, rhs, group_sizes = operands(0, sizes, groups=len(sizes))
     out = reference.grouped_gemm(lhs, rhs, group_sizes, 1)
     assert_close(out, exact(lhs, rhs, sizes, 1, 0))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_reference_adds_the_bias_and_applies_the_activation_to_the_sums(activation):
+    sizes = [3, 0, 70]
+    lhs, rhs, group_sizes = operands(9, sizes, groups=3)
+    bias = random_bias(10, rhs)
+    out = reference.grouped_gemm(lhs, rhs, group_sizes, 1, bias=bias, activation=activation)
+    assert_close(out, exact(lhs, rhs, sizes, 1, 0, bias, activation))
 
 
 def test_reference_gives_zero_for_rows_of_absent_groups():
@@ -148,6 +171,18 @@ def test_an_unknown_implementation_is_refused_with_the_known_ones():
     lhs, rhs, group_sizes = operands(6, [3], groups=1)
     with pytest.raises(ValueError, match="use None or one of mosaic_sm90, reference"):
         pallas_kernels.grouped_gemm(lhs, rhs, group_sizes, 0, implementation="cutlass")
+
+
+def test_an_unknown_activation_is_refused_with_the_known_ones():
+    lhs, rhs, group_sizes = operands(6, [3], groups=1)
+    with pytest.raises(ValueError, match="use None or one of silu, clamped_swiglu"):
+        pallas_kernels.grouped_gemm(lhs, rhs, group_sizes, 0, activation="relu")
+
+
+def test_an_activation_needs_an_even_number_of_columns():
+    lhs, rhs, group_sizes = operands(6, [3], groups=1, n=9)
+    with pytest.raises(ValueError, match="an even number in all; rhs has 9"):
+        pallas_kernels.grouped_gemm(lhs, rhs, group_sizes, 0, activation="silu")
 
 
 @pytest.mark.gpu
