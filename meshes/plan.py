@@ -1,19 +1,22 @@
 """A parallel plan: how many ranks each mesh axis has, and how attention uses them."""
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from importlib import resources
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-
 from meshes.axes import MESH_AXES
+from meshes.documents import presets, read_document
+from meshes.errors import PlanError
+
+__all__ = ["ParallelPlan", "PlanError", "presets"]
 
 
-class PlanError(ValueError):
-    """A plan that cannot be laid on the devices or the model at hand."""
+def is_size(value: Any) -> bool:
+    """Whether a value counts ranks or layers: a whole number from 1 up."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +42,62 @@ class ParallelPlan:
     """Tensor ranks."""
     attention_dp: bool | Literal["partial"] = False
     """False: heads over ep and tp. True: requests over both. "partial": requests over ep only."""
+    pp_partition: tuple[int, ...] | None = None
+    """Layers of each pipeline stage; None: as equal as they can be."""
+    cp_type: Literal["RING", "HELIX"] = "RING"
+    """RING: prefill passes keys round a ring of cp. HELIX: decode merges parts over cp, and dense
+    layers are split over it too."""
+    gpus_per_node: int | None = None
+    """Devices of a host, checked against the devices that are there; None: as many as there are."""
 
     def __post_init__(self) -> None:
-        for axis, size in self.sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise PlanError(f"{axis}={size!r} is not a size: use a whole number from 1 up.")
+        sizes = dict(self.sizes)
+        if self.gpus_per_node is not None:
+            sizes["gpus_per_node"] = self.gpus_per_node
+        for key, size in sizes.items():
+            if not is_size(size):
+                raise PlanError(
+                    f"{key}={reprlib.repr(size)} is not a size: use a whole number from 1 up."
+                )
+        self._check_stages()
+        if self.cp_type not in ("RING", "HELIX"):
+            kind = reprlib.repr(self.cp_type)
+            raise PlanError(f'cp_type={kind} does not exist: use "RING" or "HELIX".')
         if self.attention_dp not in (False, True, "partial"):
             raise PlanError(
-                f"attention_dp={self.attention_dp!r} does not exist: use False (heads over ep and "
-                'tp), True (requests over both) or "partial" (requests over ep, heads over tp).'
+                f"attention_dp={reprlib.repr(self.attention_dp)} does not exist: use False (heads "
+                "over ep and tp), True (requests over both) or "
+                '"partial" (requests over ep, heads over tp).'
             )
+
+    def check_layers(self, num_layers: int) -> None:
+        """Makes sure that `pp_partition` deals out all layers of a model.
+
+        Raises:
+            PlanError: its sum is another number.
+        """
+        if self.pp_partition is not None and sum(self.pp_partition) != num_layers:
+            raise PlanError(
+                f"pp_partition={list(self.pp_partition)} deals out {sum(self.pp_partition)} "
+                f"layers, and the model has {num_layers}: change a stage by "
+                f"{num_layers - sum(self.pp_partition):+d}."
+            )
+
+    def _check_stages(self) -> None:
+        if self.pp_partition is None:
+            return
+        stages = self.pp_partition
+        if not isinstance(stages, list | tuple) or not all(map(is_size, stages)):
+            raise PlanError(
+                f"pp_partition={reprlib.repr(stages)} is no list of layer counts: give each stage "
+                "a whole number from 1 up, such as [16, 16]."
+            )
+        if len(stages) != self.pp:
+            raise PlanError(
+                f"pp_partition={list(stages)} has {len(stages)} stages, and "
+                f"pipeline_parallel_size (pp) is {self.pp}: give one number for each stage."
+            )
+        object.__setattr__(self, "pp_partition", tuple(stages))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -69,6 +118,10 @@ class ParallelPlan:
         parts = [f"{axis}={size}" for axis, size in self.sizes.items() if size > 1]
         if self.attention_dp:
             parts.append("attention_dp" + ("=partial" if self.attention_dp == "partial" else ""))
+        if self.pp_partition:
+            parts.append("pp_partition=" + "+".join(map(str, self.pp_partition)))
+        if self.cp_type != "RING":
+            parts.append(f"cp_type={self.cp_type}")
         return ",".join(parts) or "one device"
 
     @classmethod
@@ -83,31 +136,4 @@ class ParallelPlan:
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
         """Reads a plan from a YAML file, or from the preset of that name."""
-        file = Path(path)
-        preset = resources.files("meshes") / "presets" / f"{path}.yaml"
-        try:
-            text = file.read_text() if file.is_file() else preset.read_text()
-        except FileNotFoundError:
-            raise PlanError(
-                f"The plan {str(path)!r} is neither a YAML file nor a preset "
-                f"({', '.join(presets())})."
-            ) from None
-        except UnicodeDecodeError:
-            raise PlanError(
-                f"The plan {str(path)!r} is not UTF-8 text: give a YAML file."
-            ) from None
-        try:
-            content = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise PlanError(f"The plan {str(path)!r} is not valid YAML: {error}") from None
-        if not isinstance(content, Mapping):
-            raise PlanError(f"The plan {str(path)!r} must map axes to sizes, such as `tp: 4`.")
-        return cls.from_mapping(content, origin=f"The plan {str(path)!r}")
-
-
-def presets() -> list[str]:
-    """Names of the plans that ship with the package."""
-    folder = resources.files("meshes") / "presets"
-    return sorted(
-        Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml")
-    )
+        return cls.from_mapping(read_document(path), origin=f"The plan {str(path)!r}")

@@ -11,7 +11,8 @@ from math import prod
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from meshes.axes import LOGICAL_AXES, MESH_AXES
-from meshes.plan import ParallelPlan, PlanError
+from meshes.errors import PlanError
+from meshes.plan import ParallelPlan
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Devices -> Mesh: the innermost axes stay inside a host, the outermost cross hosts."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +9,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from meshes.axes import MESH_AXES
-from meshes.plan import ParallelPlan, PlanError
+from meshes.errors import PlanError
+from meshes.plan import ParallelPlan
 
 # jax.Device is a variable to type checkers.
 type Device = Any
@@ -42,8 +44,21 @@ def make_mesh(plan: ParallelPlan, devices: Sequence[Device] | None = None) -> Me
             f"The plan ({plan}) uses {needed} of the {found} devices of {processes} processes: "
             f"with several processes the sizes must multiply to {found}."
         )
+    _check_hosts(plan, devices)
     grid = np.array(devices[:needed]).reshape([plan.sizes[axis] for axis in MESH_AXES])
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
+
+
+def _check_hosts(plan: ParallelPlan, devices: Sequence[Device]) -> None:
+    """Compares `gpus_per_node` with the devices of each process; a host may run several."""
+    if plan.gpus_per_node is None:
+        return
+    for process, count in sorted(Counter(device.process_index for device in devices).items()):
+        if plan.gpus_per_node % count:
+            raise PlanError(
+                f"gpus_per_node={plan.gpus_per_node}, and process {process} has {count} devices: "
+                f"use a multiple of {count}, or leave the key out, for JAX knows its devices."
+            )
 
 
 def _host_then_id(device: Device) -> tuple[int, int]:

@@ -74,7 +74,8 @@ def test_an_unknown_key_is_refused_with_the_known_ones():
     with pytest.raises(PlanError) as error:
         ParallelPlan.from_mapping({"tp": 2, "tensor": 4}, origin="The plan 'mine'")
     assert str(error.value) == (
-        "The plan 'mine' has the unknown key 'tensor': use pp, dp, cp, ep, tp, attention_dp."
+        "The plan 'mine' has the unknown key 'tensor': use pp, dp, cp, ep, tp, attention_dp, "
+        "pp_partition, cp_type, gpus_per_node."
     )
 
 
