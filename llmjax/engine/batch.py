@@ -85,6 +85,15 @@ def split_fields(row: Any, bucket: Bucket) -> dict[str, Any]:
     return parts
 
 
+def split_works(works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
+    """A batch rank's decode works and its prefill works, which take different rows."""
+    decodes: list[Work] = []
+    prefills: list[Work] = []
+    for work in works:
+        (decodes if work.is_decode else prefills).append(work)
+    return decodes, prefills
+
+
 def pack_schedule(
     schedule: Schedule,
     bucket: Bucket,

@@ -1,6 +1,7 @@
 """Runs steps on the devices: owns the weights, the state and the compiled programs."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float32
 
 from llmjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
-from llmjax.engine.batch import Bucket, pack_schedule, sampling_columns
+from llmjax.engine.batch import Bucket, pack_schedule, sampling_columns, split_works
 from llmjax.engine.compile import choose_buckets, compile_steps, count_pages, pick_bucket
 from llmjax.engine.request import Request
 from llmjax.engine.schedule import Schedule, SchedulerConfig, Work
@@ -42,7 +43,12 @@ class Dispatched:
 
     schedule: Schedule
     bucket: Bucket
-    output: StepOutput
+    started: Future[StepOutput]
+
+    @property
+    def output(self) -> StepOutput:
+        """The step's results, once it is started; raises what kept it from starting."""
+        return self.started.result()
 
 
 class Runner:
@@ -87,6 +93,7 @@ class Runner:
             self._steps = self._compile()
             self._fill_slot = self._compile_fill_slot()
         self._columns: dict[int, np.ndarray] = {}
+        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmjax-steps")
 
     @property
     def num_ranks(self) -> int:
@@ -109,14 +116,15 @@ class Runner:
         )
 
     def dispatch(self, schedule: Schedule) -> Dispatched:
-        """Starts a step and the copy of its results to the host; waits for neither."""
-        for request in schedule.admitted:
-            if request.params.needs_state:
-                self._fill(request)
-        decodes = max(sum(work.is_decode for work in works) for works in schedule.ranks)
-        prefill = max(
-            sum(work.count for work in works if not work.is_decode) for works in schedule.ranks
-        )
+        """Packs a step and hands it to the thread that starts steps; waits for nothing.
+
+        On a GPU starting a step takes about as long as the step: a program waits at each of its
+        branches until the device has computed the condition, and launches its kernels one by one.
+        None of this holds Python's lock, so the host can do its own work meanwhile.
+        """
+        rows = [split_works(works) for works in schedule.ranks]
+        decodes = max(len(decodes) for decodes, _ in rows)
+        prefill = max(sum(work.count for work in prefills) for _, prefills in rows)
         bucket = pick_bucket(self.buckets, decodes=decodes, prefill_tokens=prefill)
         packed = pack_schedule(
             schedule,
@@ -125,11 +133,19 @@ class Runner:
             max_batch_size=self.max_batch_size,
             sampling_of=self._sampling_of,
         )
-        output, self.state = self._steps[bucket](
-            self.weights, self.state, self._put(packed, "requests", None)
-        )
+        placed = self._put(packed, "requests", None)
+        started = self._starter.submit(self._start, bucket, placed, schedule.admitted)
+        return Dispatched(schedule=schedule, bucket=bucket, started=started)
+
+    def _start(self, bucket: Bucket, packed: jax.Array, admitted: Sequence[Request]) -> StepOutput:
+        """Starts a step and the copy of its tokens to the host; one thread starts all in turn."""
+        for request in admitted:
+            # Its tokens and its slot stay as they are until the step is read.
+            if request.params.needs_state:
+                self._fill(request)
+        output, self.state = self._steps[bucket](self.weights, self.state, packed)
         output.sampled.tokens.copy_to_host_async()
-        return Dispatched(schedule=schedule, bucket=bucket, output=output)
+        return output
 
     def compiled_text(self, bucket: Bucket) -> str:
         """The compiled program of a bucket, as XLA prints it."""

@@ -1,6 +1,7 @@
 """Whatever a request shares its steps with, it gets the tokens that it gets alone."""
 
 import random
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -190,6 +191,29 @@ def test_a_step_is_dispatched_before_the_tokens_of_the_one_before_are_read(
     serve(engine, {0: arrival})
     ahead = 1 if overlap else 0
     assert order == _expected_order(steps=6, ahead=ahead)
+
+
+def test_the_host_goes_on_while_a_step_takes_its_time_to_start(llm_on, monkeypatch):
+    llm = llm_on(
+        FAMILY, ONE_DEVICE, **TIGHT, enable_block_reuse=True, disable_overlap_scheduler=False
+    )
+    engine = Engine(llm.engine.runner)
+    start, ready = engine.runner._start, threading.Event()
+
+    def start_late(*arguments):
+        assert ready.wait(timeout=20), "the host waits for the step that waits for it"
+        return start(*arguments)
+
+    arrival = Arrival(step=0, prompt=(5, 6, 7), params=SamplingParams(temperature=0), max_tokens=6)
+    expected = serve(engine, {0: arrival})[0].output_ids
+    monkeypatch.setattr(engine.runner, "_start", start_late)
+    request = arrival.request(1)
+    engine.submit(request)
+    assert engine.step() == [], "it has no token yet, and still the call returned"
+    ready.set()
+    while engine.has_work:
+        engine.step()
+    assert request.output_ids == expected
 
 
 def _expected_order(*, steps: int, ahead: int) -> Sequence[tuple[str, int]]:
