@@ -70,6 +70,12 @@ def psum_scatter(x: Any, axes: Axes, axis: int = 0) -> Any:
     return lax.psum_scatter(x, axes, scatter_dimension=axis, tiled=True) if axes else x
 
 
+def all_to_all(x: Any, axes: Axes) -> Any:
+    """Sends the i-th of equal parts along the first axis to rank i, and joins what arrives."""
+    axes = _wide(axes)
+    return lax.all_to_all(x, axes, split_axis=0, concat_axis=0, tiled=True) if axes else x
+
+
 def own_part(x: Any, axes: Axes, axis: int = 0) -> Any:
     """This rank's part along `axis` of an array that the group holds whole."""
     size = axis_size(axes)
