@@ -98,6 +98,7 @@ class LLM:
                 progress=self.progress,
             )
         runner = Runner(self.config, self.rules, self.mesh, weights, engine_config)
+        runner.prepare()
         check_agreement({"the pages of the KV cache": str(runner.num_pages)})
         self.engine = Engine(runner)
         self._live: dict[int, Completion] = {}

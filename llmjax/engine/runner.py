@@ -54,8 +54,8 @@ class Dispatched:
 class Runner:
     """One engine's devices.
 
-    Built in this order: abstract weights, buckets, the size of the KV pool, the state, the compiled
-    steps. Nothing is compiled afterwards.
+    Built in this order: abstract weights, buckets; then, by `prepare`, the size of the KV pool, the
+    state, the compiled steps. Nothing is compiled afterwards.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Runner:
         weights: Weights,
         engine: EngineConfig,
     ):
+        """Allocates nothing: with abstract weights a runner can lower its steps, and no more."""
         self.config, self.rules, self.mesh, self.engine = config, rules, mesh, engine
         self.weights = weights
         on_cpu = mesh.devices.flat[0].platform == "cpu"
@@ -80,20 +81,26 @@ class Runner:
         tokens = engine.max_num_tokens or (512 if on_cpu else 8192)
         self.max_num_tokens = max(tokens, self.max_batch_size)
         self.prefill_rows = min(self.max_batch_size, 4 if on_cpu else 16)
-        longest = min(
-            engine.max_seq_len or config.max_position_embeddings, config.max_position_embeddings
-        )
-        self.buckets = self._choose_buckets(longest)
-        self.num_pages = self._count_pages(longest)
+        context = config.max_position_embeddings
+        self.max_seq_len = min(engine.max_seq_len or context, context)
+        self.buckets = self._choose_buckets(self.max_seq_len)
+        self._columns: dict[int, np.ndarray] = {}
+        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmjax-steps")
+
+    def prepare(self) -> None:
+        """Allocates the KV pool and compiles every step.
+
+        Raises:
+            ConfigError: the pool would be smaller than what was asked for.
+        """
+        self.num_pages = self._count_pages(self.max_seq_len)
         # The pool may hold less than the context; what it holds is what can be promised.
-        self.max_seq_len = min(longest, self.num_pages * self.page_size)
+        self.max_seq_len = min(self.max_seq_len, self.num_pages * self.page_size)
         with self._tracing():
             make_state = jax.jit(partial(self._empty_state, self.num_pages))
             self.state: EngineState = make_state()
             self._steps = self._compile()
             self._fill_slot = self._compile_fill_slot()
-        self._columns: dict[int, np.ndarray] = {}
-        self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmjax-steps")
 
     @property
     def num_ranks(self) -> int:
@@ -146,6 +153,11 @@ class Runner:
         output, self.state = self._steps[bucket](self.weights, self.state, packed)
         output.sampled.tokens.copy_to_host_async()
         return output
+
+    def lower(self, bucket: Bucket) -> Any:
+        """The step of a bucket before it is compiled, over a state of one page a batch rank."""
+        with self._tracing():
+            return self._lower(bucket, jax.eval_shape(partial(self._empty_state, 1)))
 
     def compiled_text(self, bucket: Bucket) -> str:
         """The compiled program of a bucket, as XLA prints it."""
