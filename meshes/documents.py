@@ -12,20 +12,25 @@ from meshes.errors import PlanError
 MERGE = "tag:yaml.org,2002:merge"
 
 
-def read_document(path: str | Path) -> dict[str, Any]:
+def read_document(path: str | Path, *, what: str = "The plan") -> dict[str, Any]:
     """Reads a YAML file, the preset of that name, or with `file.yaml#a.b` a section of a file.
+
+    Args:
+        path: the file.
+        what: the subject of the sentences in which it is refused.
 
     Raises:
         PlanError: there is no such file or section, it is no mapping, or a key stands in it twice.
     """
     name, _, section = _split_section(str(path))
-    content = _parse(_read_text(name, asked=str(path)), asked=str(path))
+    what = f"{what} {str(path)!r}"
+    content = _parse(_read_text(name, what), what)
     for part in section.split(".") if section else ():
         if not isinstance(content, Mapping) or part not in content:
-            raise PlanError(f"The plan {str(path)!r} has no section {section!r}.")
+            raise PlanError(f"{what} has no section {section!r}.")
         content = content[part]
     if not isinstance(content, dict):
-        raise PlanError(f"The plan {str(path)!r} must map axes to sizes, such as `tp: 4`.")
+        raise PlanError(f"{what} must map axes to sizes, such as `tp: 4`.")
     return content
 
 
@@ -59,24 +64,24 @@ def _split_section(path: str) -> tuple[str, str, str]:
     return (path, "", "") if Path(path).is_file() else path.partition("#")
 
 
-def _read_text(name: str, *, asked: str) -> str:
+def _read_text(name: str, what: str) -> str:
     file = Path(name)
     preset = resources.files("meshes") / "presets" / f"{name}.yaml"
     try:
         return file.read_text("utf-8-sig") if file.is_file() else preset.read_text()
     except FileNotFoundError:
         raise PlanError(
-            f"The plan {asked!r} is neither a YAML file nor a preset ({', '.join(presets())})."
+            f"{what} is neither a YAML file nor a preset ({', '.join(presets())})."
         ) from None
     except UnicodeDecodeError:
-        raise PlanError(f"The plan {asked!r} is not UTF-8 text: give a YAML file.") from None
+        raise PlanError(f"{what} is not UTF-8 text: give a YAML file.") from None
 
 
-def _parse(text: str, *, asked: str) -> Any:
+def _parse(text: str, what: str) -> Any:
     try:
         return yaml.load(text, _StrictLoader)
     except RecursionError:
-        raise PlanError(f"The plan {asked!r} is not valid YAML: it is nested too deeply.") from None
+        raise PlanError(f"{what} is not valid YAML: it is nested too deeply.") from None
     except (yaml.YAMLError, ValueError) as error:
         # A date or a number that does not exist is a ValueError to PyYAML.
-        raise PlanError(f"The plan {asked!r} is not valid YAML: {error}") from None
+        raise PlanError(f"{what} is not valid YAML: {error}") from None

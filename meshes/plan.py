@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeGuard
 
 from meshes.axes import MESH_AXES
 from meshes.documents import presets, read_document
@@ -14,7 +14,7 @@ from meshes.errors import PlanError
 __all__ = ["ParallelPlan", "PlanError", "presets"]
 
 
-def is_size(value: Any) -> bool:
+def is_size(value: Any) -> TypeGuard[int]:
     """Whether a value counts ranks or layers: a whole number from 1 up."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
