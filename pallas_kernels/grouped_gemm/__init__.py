@@ -64,11 +64,13 @@ def grouped_gemm(
             if not _is_hopper(device):
                 raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
             config = config_for(
-                rows=lhs.shape[0], groups=group_sizes.shape[0], k=rhs.shape[2], n=rhs.shape[3]
+                rows=lhs.shape[0],
+                groups=group_sizes.shape[0],
+                k=rhs.shape[2],
+                n=rhs.shape[3],
+                gated=activation is not None,
             )
-            mosaic_sm90.check_covered(lhs, rhs, config)
-            if bias is not None or activation is not None:
-                raise NotImplementedError("adds no bias and fuses no activation")
+            mosaic_sm90.check_covered(lhs, rhs, config, activation)
         except NotImplementedError as error:
             if implementation is not None:
                 raise
@@ -76,7 +78,7 @@ def grouped_gemm(
         else:
             _log_pick("mosaic_sm90", f"on {device.device_kind}")
             return mosaic_sm90.grouped_gemm(
-                *operands, first_group=first_group, config=config, num_sms=device.core_count
+                *operands, **options, config=config, num_sms=device.core_count
             )
     return reference.grouped_gemm(*operands, **options)
 

@@ -3,10 +3,12 @@
 Measured on an H200 by `python -m benchmarks.kernels --op grouped_gemm --tune`.
 """
 
-from pallas_kernels.grouped_gemm.mosaic_sm90 import TileConfig
+from pallas_kernels.grouped_gemm.tiles import TileConfig
 
 NARROW = TileConfig(row_tiles=(8, 16, 32), warpgroups=1, stages=12)
 """64 columns, the fewest that any matrix must have."""
+PAIR = TileConfig(row_tiles=(8, 16, 32), warpgroups=1, width=128, stages=8, store_rows=16)
+"""128 columns, the fewest that a gate and what it gates must have together."""
 WIDE = TileConfig(row_tiles=(8, 16, 32), width=128, stages=6, store_rows=8)
 """256 columns by up to 32 rows: reads 512 neighbouring bytes of each weight row."""
 MEDIUM = TileConfig(row_tiles=(16, 64, 96, 128, 136, 144), stages=6, store_rows=32)
@@ -15,19 +17,33 @@ SQUARE = TileConfig(row_tiles=(16, 64, 96, 128, 136, 144), width=128, stages=4, 
 """256 columns by up to 144 rows: the fewest bytes through shared memory for a product."""
 LARGE = TileConfig(row_tiles=(64, 128, 192, 256), stages=4)
 """128 columns by up to 256 rows."""
+TALL_NARROW = TileConfig(row_tiles=(64, 128, 192), warpgroups=1, stages=6)
+"""64 columns by up to 192 rows, for many rows of matrices that no larger tile divides."""
+TALL_PAIR = TileConfig(row_tiles=(64, 128, 144), warpgroups=1, width=128, stages=5, store_rows=48)
+"""128 columns by up to 144 rows, likewise for a gate and what it gates."""
 
-NAMED = {"narrow": NARROW, "wide": WIDE, "medium": MEDIUM, "square": SQUARE, "large": LARGE}
+NAMED = {
+    "narrow": NARROW, "pair": PAIR, "wide": WIDE, "medium": MEDIUM, "square": SQUARE,
+    "large": LARGE, "tall narrow": TALL_NARROW, "tall pair": TALL_PAIR,
+}  # fmt: skip
 """What the tuner tries."""
 
 
-def config_for(*, rows: int, groups: int, k: int, n: int) -> TileConfig:
-    """The configuration for so many rows, the groups that share them, and a k by n matrix."""
+def config_for(*, rows: int, groups: int, k: int, n: int, gated: bool = False) -> TileConfig:
+    """The configuration for so many rows, the groups that share them, and a k by n matrix.
+
+    `gated` when half of the columns are the gate of the other half.
+    """
     mean = rows / groups
     if mean <= 24:
         config = WIDE
-    elif mean <= 48 or (mean <= 160 and k < 4096):
+    elif not gated and (mean <= 48 or (mean <= 160 and k < 4096)):
         # Storing a tile is a large part of a short product, and a small tile stores sooner.
         config = MEDIUM
     else:
         config = SQUARE
-    return config if n % config.columns == 0 else NARROW
+    if n % config.columns == 0:
+        return config
+    if gated:
+        return PAIR if mean <= 24 else TALL_PAIR
+    return NARROW if mean <= 24 else TALL_NARROW

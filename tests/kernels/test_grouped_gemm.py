@@ -11,12 +11,18 @@ import pallas_kernels
 from pallas_kernels import reference
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import configs, mosaic_sm90
-from pallas_kernels.grouped_gemm.mosaic_sm90 import TileConfig
+from pallas_kernels.grouped_gemm.tiles import TileConfig
 
 TINY_TILES = {
     "narrow": TileConfig(row_tiles=(8, 16, 24), stages=2, store_rows=16),
     "wide": TileConfig(row_tiles=(16, 32), warpgroups=1, width=128, stages=3, store_rows=8),
 }
+SHIPPED = [
+    pytest.param(name, activation, id=f"{name}, {activation}")
+    for name, config in configs.NAMED.items()
+    for activation in (None, *ACTIVATIONS)
+    if activation is None or config.width % 128 == 0
+]
 SIZES = {
     "empty groups and single rows": [3, 0, 13, 24, 1, 30],
     "nothing but empty groups": [0, 0, 0],
@@ -107,21 +113,36 @@ def test_hopper_kernel_takes_local_groups_of_a_larger_set():
     assert np.isnan(np.asarray(out)[:6]).all() and np.isnan(np.asarray(out)[38:]).all()
 
 
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_hopper_kernel_adds_the_bias_and_fuses_the_activation(activation, with_bias):
+    sizes = [3, 0, 13, 24, 1, 30]
+    lhs, rhs, group_sizes = operands(11, sizes, groups=len(sizes), n=256)
+    bias = random_bias(12, rhs) if with_bias else None
+    options = {"bias": bias, "activation": activation}
+    out = interpret(lhs, rhs, group_sizes, 1, config=TINY_TILES["wide"], **options)
+    assert_close(out, exact(lhs, rhs, sizes, 1, 0, bias, activation))
+    assert not gpu_callbacks.get_races().races_found
+
+
 def interpret(*args, **kwargs):
     params = plgpu.InterpretGPUParams(detect_races=True)
     return mosaic_sm90.grouped_gemm(*args, **kwargs, num_sms=2, interpret=params)
 
 
-@pytest.mark.parametrize("config", configs.NAMED.values(), ids=configs.NAMED.keys())
-def test_every_shipped_configuration_lowers_for_cuda(config):
-    run = functools.partial(mosaic_sm90.grouped_gemm, config=config, num_sms=132)
+@pytest.mark.parametrize("name, activation", SHIPPED)
+def test_every_shipped_configuration_lowers_for_cuda(name, activation):
+    run = functools.partial(
+        mosaic_sm90.grouped_gemm, activation=activation, config=configs.NAMED[name], num_sms=132
+    )
     arguments = (
         jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16),
         jax.ShapeDtypeStruct((2, 128, 2048, 1536), jnp.bfloat16),
         jax.ShapeDtypeStruct((128,), jnp.int32),
         jax.ShapeDtypeStruct((), jnp.int32),
     )
-    lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
+    bias = jax.ShapeDtypeStruct((2, 128, 1536), jnp.bfloat16)
+    lowered = jax.jit(run).trace(*arguments, bias=bias).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
 
 
@@ -139,9 +160,12 @@ def test_program_does_not_grow_with_the_number_of_groups():
     assert size(8) == size(256)
 
 
-@pytest.mark.parametrize("rows, n", [(1, 1536), (128, 1536), (16384, 1536), (8, 64), (65536, 192)])
-def test_a_configuration_is_found_whose_columns_divide_the_matrix(rows, n):
-    assert n % configs.config_for(rows=rows, groups=8, k=2048, n=n).columns == 0
+@pytest.mark.parametrize("rows", [1, 128, 16384, 65536])
+@pytest.mark.parametrize("n, gated", [(1536, False), (192, False), (1536, True), (5760, True)])
+def test_a_configuration_is_found_whose_columns_divide_the_matrix(rows, n, gated):
+    config = configs.config_for(rows=rows, groups=8, k=2048, n=n, gated=gated)
+    assert n % config.columns == 0
+    assert config.width % 128 == 0 or not gated
 
 
 @pytest.mark.parametrize(
@@ -155,7 +179,7 @@ def test_a_configuration_is_found_whose_columns_divide_the_matrix(rows, n):
 def test_hopper_kernel_says_what_it_does_not_cover(dtype, k, n, message):
     lhs, rhs, _ = operands(4, [8], groups=1, k=k, n=n)
     with pytest.raises(NotImplementedError, match=message):
-        mosaic_sm90.check_covered(lhs.astype(dtype), rhs.astype(dtype), configs.NARROW)
+        mosaic_sm90.check_covered(lhs.astype(dtype), rhs.astype(dtype), configs.NARROW, None)
 
 
 def test_without_a_gpu_the_reference_runs_and_the_kernel_refuses():
@@ -186,11 +210,14 @@ def test_an_activation_needs_an_even_number_of_columns():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", configs.NAMED.keys())
-def test_on_a_gpu_every_shipped_configuration_agrees_with_float64(name):
+@pytest.mark.parametrize("name, activation", SHIPPED)
+def test_on_a_gpu_every_shipped_configuration_agrees_with_float64(name, activation):
     sizes = np.random.default_rng(7).multinomial(1000, np.ones(16) / 16).tolist()
     sizes[3] = 0
     lhs, rhs, group_sizes = operands(8, sizes, groups=16, k=256, n=512)
-    config, sms = configs.NAMED[name], jax.devices()[0].core_count
-    out = mosaic_sm90.grouped_gemm(lhs, rhs, group_sizes, 1, config=config, num_sms=sms)
-    assert_close(out, exact(lhs, rhs, sizes, 1, 0))
+    bias = random_bias(13, rhs)
+    out = mosaic_sm90.grouped_gemm(
+        lhs, rhs, group_sizes, 1, bias=bias, activation=activation,
+        config=configs.NAMED[name], num_sms=jax.devices()[0].core_count,
+    )  # fmt: skip
+    assert_close(out, exact(lhs, rhs, sizes, 1, 0, bias, activation))

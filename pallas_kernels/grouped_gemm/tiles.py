@@ -1,0 +1,105 @@
+"""How grouped products are cut into tiles, and which worker takes which."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+BLOCK = 8
+"""Rows of one swizzle tile: row tiles begin at a multiple of it and are stored by it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TileConfig:
+    """How one product is cut; `configs.py` holds the tuned choices."""
+
+    row_tiles: tuple[int, ...]
+    """Row counts that a tile may have, ascending: each is compiled, the smallest that fits runs."""
+    block_k: int = 64
+    """Depth of one step, in elements."""
+    warpgroups: int = 2
+    """Warpgroups that multiply."""
+    width: int = 64
+    """Columns of the product that each of them owns, a multiple of 64; half are gate, half up
+    where the two are one product."""
+    stages: int
+    """Steps in flight."""
+    store_rows: int = 64
+    """Rows that a warpgroup stages in shared memory at a time on their way out."""
+
+    @property
+    def max_rows(self) -> int:
+        return self.row_tiles[-1]
+
+    @property
+    def columns(self) -> int:
+        return self.width * self.warpgroups
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One piece of work: some rows of one group, times one block of its columns."""
+
+    weights: Array
+    """Which of the stacked matrices."""
+    row: Array
+    """First row of the tile, a multiple of BLOCK."""
+    begin: Array
+    """First row that belongs to the group and to the tile."""
+    end: Array
+    """One past the last such row."""
+    column: Array
+    """First column of what comes out."""
+
+
+def for_each_tile(
+    sizes_ref, layer_ref, first_ref, groups: int, columns: int, tile_columns: int,
+    config: TileConfig, body: Callable,
+) -> Array:  # fmt: skip
+    """Calls `step = body(rows, tile, step)` for this worker's tiles; returns the steps taken.
+
+    Tiles are numbered group by group, then by columns, then by rows, so that neighbours in time
+    share weights. Each worker takes every num_workers-th. Groups are walked, not searched: their
+    sizes stay in the first-level cache, and loading runs ahead of the products by some steps.
+    """
+    workers = lax.axis_size("worker")
+    column_tiles = columns // tile_columns
+    blocks_per_tile = config.max_rows // BLOCK
+    first = first_ref[0]
+    start = lax.fori_loop(0, first, lambda g, total: total + sizes_ref[g], jnp.int32(0))
+
+    def one_group(group, carry):
+        tile, tiles_before, start, step = carry
+        end = start + sizes_ref[first + group]
+        first_block = lax.div(start, BLOCK)
+        blocks = jnp.where(end > start, lax.div(end + BLOCK - 1, BLOCK) - first_block, 0)
+        row_tiles = lax.div(blocks + blocks_per_tile - 1, blocks_per_tile)
+        # A group is cut evenly: two tiles of 136 rows beat one of 256 and one of 16.
+        per_tile = lax.div(blocks + row_tiles - 1, lax.max(row_tiles, 1))
+        tiles_after = tiles_before + row_tiles * column_tiles
+
+        def one_tile(carry):
+            tile, step = carry
+            column_tile = lax.div(tile - tiles_before, row_tiles)
+            row_tile = tile - tiles_before - column_tile * row_tiles
+            row = (first_block + row_tile * per_tile) * BLOCK
+            work = Tile(
+                weights=layer_ref[0] * groups + group,
+                row=row,
+                begin=lax.max(row, start),
+                end=lax.min(row + per_tile * BLOCK, end),
+                column=column_tile * tile_columns,
+            )
+            spanned = work.end - row
+            size_class = sum((spanned > r).astype(jnp.int32) for r in config.row_tiles[:-1])
+            branches = [functools.partial(body, rows, work) for rows in config.row_tiles]
+            return tile + workers, lax.switch(size_class, branches, step)
+
+        tile, step = lax.while_loop(lambda c: c[0] < tiles_after, one_tile, (tile, step))
+        return tile, tiles_after, end, step
+
+    tile = lax.axis_index("worker")
+    return lax.fori_loop(0, groups, one_group, (tile, jnp.int32(0), start, jnp.int32(0)))[3]
