@@ -26,6 +26,8 @@ class TensorLayout:
     """Dotted path of a weight, or what else it is."""
     shape: tuple[int, ...]
     """Shape of all shards together, padding and head slots included."""
+    axes: tuple[str | None, ...]
+    """Logical name of each axis; None where it has none and is whole everywhere."""
     spec: PartitionSpec
     """Mesh axes of each tensor axis."""
     shard_shape: tuple[int, ...]
@@ -95,7 +97,7 @@ def lay_out(
     Raises:
         PlanError: a tensor axis does not divide over its ranks.
     """
-    config = model if isinstance(model, ModelConfig) else _read_config(model)
+    config = model if isinstance(model, ModelConfig) else read_config(model)
     rules, alone = Rules(plan), Rules(ParallelPlan())
     kind = jnp.dtype(dtype)
     needed = declared_params(config, alone, kind)
@@ -103,8 +105,8 @@ def lay_out(
         _lay_tensor(
             name,
             param.shape,
-            param.out_sharding,
-            plan,
+            param.get_metadata("logical_axes"),
+            rules,
             item_bytes=kind.itemsize,
             needed=prod(needed[name].shape),
         )
@@ -115,8 +117,8 @@ def lay_out(
     kv_cache = _lay_tensor(
         "kv_cache",
         cache,
-        rules.spec("layers", "pages", None, "kv_heads", None),
-        plan,
+        ("layers", "pages", None, "kv_heads", "head_dim"),
+        rules,
         # Keys and values have the same shape.
         item_bytes=2 * kind.itemsize,
         needed=prod((*cache[:3], config.num_kv_heads, config.head_dim)),
@@ -124,36 +126,37 @@ def lay_out(
     return Layout(plan=plan, weights=weights, kv_cache=kv_cache)
 
 
-def _read_config(model: str | Path) -> ModelConfig:
-    checkpoint = open_checkpoint(model)
+def read_config(model: str | Path) -> ModelConfig:
+    """The configuration of what `LLM` takes; no weights are read."""
+    checkpoint = open_checkpoint(model, needs_weights=False)
     return find_family(checkpoint.config).read_config(checkpoint.config)
 
 
 def _lay_tensor(
     name: str,
     shape: tuple[int, ...],
-    spec: PartitionSpec,
-    plan: ParallelPlan,
+    axes: tuple[str | None, ...],
+    rules: Rules,
     *,
     item_bytes: int,
     needed: int,
 ) -> TensorLayout:
     """Divides a tensor; `needed` counts the elements that it has on one device."""
     shard_shape = list(shape)
-    for dimension, entry in enumerate(spec):
-        axes = _as_axes(entry)
-        ranks = prod(plan.sizes[axis] for axis in axes)
+    for dimension, logical in enumerate(axes):
+        ranks = rules.size(logical)
         if shape[dimension] % ranks:
             raise PlanError(
-                f"{name} {shape} cannot be laid on the plan ({plan}): its axis {dimension} of "
-                f"{shape[dimension]} does not divide over {' * '.join(axes)} = {ranks} ranks. "
-                f"Use a divisor of {shape[dimension]}."
+                f"{name} {shape} cannot be laid on the plan ({rules.plan}): its axis {dimension} "
+                f"of {shape[dimension]} does not divide over {' * '.join(rules.axes(logical))} = "
+                f"{ranks} ranks. Use a divisor of {shape[dimension]}."
             )
         shard_shape[dimension] //= ranks
     return TensorLayout(
         name=name,
         shape=shape,
-        spec=spec,
+        axes=axes,
+        spec=rules.spec(*axes),
         shard_shape=tuple(shard_shape),
         num_bytes=prod(shape) * item_bytes,
         device_bytes=prod(shard_shape) * item_bytes,

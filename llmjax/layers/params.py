@@ -51,4 +51,5 @@ class Declare:
             out_sharding=self.rules.spec(*axes),
             eager_sharding=False,
             stacked=self.num_layers is not None,
+            logical_axes=axes,
         )
