@@ -1,6 +1,7 @@
 """Large language models on a `jax.sharding.Mesh`: every parallel strategy is a placement."""
 
 from llmjax.config import ConfigError, SamplingParams
+from llmjax.explore import describe
 from llmjax.llm import LLM
 from llmjax.outputs import CompletionOutput, Delta, Logprob, RequestOutput
 from llmjax.weights import CheckpointError
@@ -17,4 +18,5 @@ __all__ = [
     "PlanError",
     "RequestOutput",
     "SamplingParams",
+    "describe",
 ]

@@ -1,22 +1,31 @@
-"""Layouts to look at: tables and pictures of a plan, computed without a device.
+"""Plans to look at: tables and pictures of layouts, and what compiled steps send.
 
 Everything here prints as text and shows as HTML in a notebook.
 """
 
+from llmjax.explore.collectives import Collective, read_collectives
+from llmjax.explore.description import Description, describe
 from llmjax.explore.layout import Layout, TensorLayout, lay_out
 from llmjax.explore.pictures import draw_mesh, draw_shards
-from llmjax.explore.table import Table
+from llmjax.explore.steps import Step
+from llmjax.explore.table import Report, Table
 from llmjax.explore.tables import compare_bytes, compare_rules, compare_specs, list_tensors
 
 __all__ = [
+    "Collective",
+    "Description",
     "Layout",
+    "Report",
+    "Step",
     "Table",
     "TensorLayout",
     "compare_bytes",
     "compare_rules",
     "compare_specs",
+    "describe",
     "draw_mesh",
     "draw_shards",
     "lay_out",
     "list_tensors",
+    "read_collectives",
 ]

@@ -107,7 +107,7 @@ def lay_out(
             param.shape,
             param.get_metadata("logical_axes"),
             rules,
-            item_bytes=kind.itemsize,
+            item_bytes=param.dtype.itemsize,
             needed=prod(needed[name].shape),
         )
         for name, param in declared_params(config, rules, kind).items()

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from llmjax.config import ConfigError, EngineConfig, ModelConfig
-from llmjax.engine.compile import compile_steps
+from llmjax.engine.compile import compile_steps, enable_compile_cache
 from llmjax.engine.runner import Runner
 from llmjax.explore.collectives import Collective, read_collectives
 from llmjax.weights.model import declared_params, nest
@@ -60,6 +60,7 @@ def answer_job(job: str) -> str:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", plan.num_devices)
     engine = rebuild(EngineConfig, values["engine"])
+    enable_compile_cache(engine.compile_cache)
     try:
         steps = _compile_and_read(rebuild(ModelConfig, values["config"]), plan, engine)
     except (ConfigError, PlanError) as error:

@@ -1,4 +1,4 @@
-"""A table that prints as text and shows as HTML in a notebook."""
+"""Tables that print as text and show as HTML in a notebook."""
 
 from dataclasses import dataclass
 from html import escape
@@ -46,3 +46,19 @@ class Table:
         if shade is not None:
             style += f"; color: #000; background: {SHADES[shade % len(SHADES)]}"
         return f'<td style="{style}">{escape(text)}</td>'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Tables under a title."""
+
+    title: str
+    tables: tuple[Table, ...]
+
+    def __str__(self) -> str:
+        return "\n\n".join([self.title, *map(str, self.tables)])
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        tables = "".join(table._repr_html_() for table in self.tables)
+        return f"<p>{escape(self.title)}</p>{tables}"

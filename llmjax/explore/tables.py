@@ -67,7 +67,7 @@ def compare_rules(plans: Sequence[ParallelPlan]) -> Table:
         title="Mesh axes that each logical axis lies on",
         columns=("logical axis", *(str(plan) for plan in plans)),
         rows=tuple(
-            (name, *(_format_axes(table[name], plan) for plan, table in tables))
+            (name, *(format_axes(table[name], plan) for plan, table in tables))
             for name in LOGICAL_AXES
         ),
     )
@@ -75,7 +75,13 @@ def compare_rules(plans: Sequence[ParallelPlan]) -> Table:
 
 def format_spec(tensor: TensorLayout, plan: ParallelPlan) -> str:
     """The spec, an entry for each tensor axis; mesh axes of size one are left out."""
-    return ", ".join(_format_axes(axes, plan) for axes in tensor.mesh_axes)
+    return ", ".join(format_axes(axes, plan) for axes in tensor.mesh_axes)
+
+
+def format_axes(axes: tuple[str, ...], plan: ParallelPlan) -> str:
+    """Mesh axes, without those of size one."""
+    wide = [axis for axis in axes if plan.sizes[axis] > 1]
+    return "*".join(wide) or "-"
 
 
 def format_shape(shape: tuple[int, ...]) -> str:
@@ -91,11 +97,6 @@ def format_bytes(count: int) -> str:
             break
         size /= 1024
     return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def _format_axes(axes: tuple[str, ...], plan: ParallelPlan) -> str:
-    wide = [axis for axis in axes if plan.sizes[axis] > 1]
-    return "*".join(wide) or "-"
 
 
 def _format_share(part: int, whole: int) -> str:
