@@ -159,6 +159,10 @@ class EngineConfig:
     """Batch sizes a rank for which steps are compiled; empty: derived from max_batch_size."""
     token_buckets: tuple[int, ...] = ()
     """Prefill tokens a rank for which steps are compiled; empty: derived from max_num_tokens."""
+    stream_interval: int = 1
+    """Tokens that a stream brings at a time, after the first one."""
+    print_iter_log: bool = False
+    """Print a line on stderr for each step."""
     layer_loop: Literal["scan", "unroll"] | None = None
     """How layers run; None: a scan, which compiles once what all layers share."""
     compile_cache: bool | str = True
@@ -177,8 +181,15 @@ class EngineConfig:
             _check(is_valid(getattr(self, key)), key, getattr(self, key), range_text)
 
     @classmethod
-    def from_keywords(cls, keywords: Mapping[str, Any]) -> Self:
-        """Reads options in TensorRT-LLM's or vLLM's words; unknown ones are refused by name."""
+    def from_keywords(
+        cls, keywords: Mapping[str, Any], *, names: Mapping[str, str] | None = None
+    ) -> Self:
+        """Reads options in TensorRT-LLM's or vLLM's words; unknown ones are refused by name.
+
+        Args:
+            keywords: the options.
+            names: what the user calls an option, where that is another name.
+        """
         known = {entry.name for entry in fields(cls)}
         values: dict[str, Any] = {}
         for key, value in keywords.items():
@@ -186,13 +197,16 @@ class EngineConfig:
             if name not in known:
                 raise ConfigError(
                     f"LLM() has no option {key!r}. "
-                    f"Options: {', '.join(sorted(known | set(ALIASES)))}."
+                    f"Options: {', '.join(sorted(known | set(ALIASES)))}; "
+                    "and the keys of TensorRT-LLM in docs/trtllm.md."
                 )
             if name in values:
                 raise ConfigError(f"{key} and {name} are the same option: give one of them.")
-            values[name] = value
-        if "dtype" in values:
-            values["dtype"] = resolve_dtype_name(values["dtype"])
+            values[name] = resolve_dtype_name(value) if name == "dtype" else value
+            if name in _ENGINE_RANGES:
+                is_valid, range_text = _ENGINE_RANGES[name]
+                called = (names or {}).get(name, key)
+                _check(is_valid(values[name]), called, values[name], range_text)
         return cls(**values)
 
 
@@ -374,6 +388,10 @@ def _is_one_of(*values: Any) -> Callable[[Any], bool]:
     return check
 
 
+def _is_switch(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 def _are_rising(values: Any) -> bool:
     whole = all(_is_whole(size) and size >= 1 for size in values)
     return whole and list(values) == sorted(set(values))
@@ -385,6 +403,7 @@ def _are_few(values: Any) -> bool:
 
 _COUNT_OR_NONE = (_absent_or(_at_least(1)), "a whole number from 1 up, or None")
 _RISING = (_are_rising, "rising whole numbers from 1 up")
+_SWITCH = (_is_switch, "True or False")
 
 _ENGINE_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_batch_size": _COUNT_OR_NONE,
@@ -396,13 +415,18 @@ _ENGINE_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         _between(0, 1, above=True),
         "a number above 0 and at most 1",
     ),
+    "enable_block_reuse": _SWITCH,
+    "enable_chunked_prefill": _SWITCH,
+    "disable_overlap_scheduler": _SWITCH,
+    "print_iter_log": _SWITCH,
+    "stream_interval": (_at_least(1), "a whole number from 1 up"),
     "layer_loop": (_is_one_of(None, "scan", "unroll"), '"scan", "unroll" or None'),
     "moe_dispatch": (
         _is_one_of("auto", *DISPATCHES),
         '"auto", ' + " or ".join(f'"{name}"' for name in DISPATCHES),
     ),
     "moe_max_num_tokens": _COUNT_OR_NONE,
-    "attention_dp_balance": (_is_one_of(True, False), "True or False"),
+    "attention_dp_balance": _SWITCH,
     "attention_dp_timeout_iters": (_at_least(0), "a whole number from 0 up"),
     "attention_dp_batching_wait_iters": (_at_least(0), "a whole number from 0 up"),
     "max_logprobs": (_at_least(0), "a whole number from 0 up"),

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
@@ -26,6 +27,7 @@ from llmjax.engine.request import Request
 from llmjax.engine.runner import Runner
 from llmjax.models.registry import find_family
 from llmjax.outputs import Completion, Delta, RequestOutput, describe_logprobs
+from llmjax.plans import resolve
 from llmjax.prompts import Prompt, as_batch, encode_prompt, prompt_text
 from llmjax.tokenizer import load_tokenizer
 from llmjax.weights import EMBEDDED_MODEL, open_checkpoint
@@ -38,11 +40,13 @@ class LLM:
 
     Args:
         model: a Hugging Face folder, a GGUF file, a hub id, or the embedded model's name.
-        plan: a `ParallelPlan`, a YAML file of mesh axes, or a preset's name.
+        plan: a `ParallelPlan`, a YAML file of mesh axes or of TensorRT-LLM's keys, or a preset.
         tensor_parallel_size, data_parallel_size, enable_attention_dp: a plan in other words.
         load_format: "dummy" draws random weights and needs only a config.json.
         progress: show bars for loading and generating.
-        options: see `llmjax.config.EngineConfig`.
+        allow_unsupported: keys of TensorRT-LLM to drop, with a warning, where they are refused.
+        options: see `llmjax.config.EngineConfig`; TensorRT-LLM's keys are in `docs/trtllm.md`.
+            They beat those of a file, with a warning.
 
     Raises:
         CheckpointError, ConfigError, PlanError: what was asked for does not exist or does not fit;
@@ -59,15 +63,17 @@ class LLM:
         enable_attention_dp: bool | None = None,
         load_format: Literal["auto", "dummy"] = "auto",
         progress: bool = True,
+        allow_unsupported: Sequence[str] = (),
         **options: Any,
     ):
-        engine_config = EngineConfig.from_keywords(options)
-        self.plan = resolve_plan(
-            plan,
-            tp=tensor_parallel_size,
-            dp=data_parallel_size,
-            attention_dp=enable_attention_dp,
+        options |= dict(
+            tensor_parallel_size=tensor_parallel_size,
+            data_parallel_size=data_parallel_size,
+            enable_attention_dp=enable_attention_dp,
         )
+        self.plan, given = resolve(plan, options, allow_unsupported=allow_unsupported)
+        engine_config = EngineConfig.from_keywords(given)
+        check_that_it_runs(self.plan)
         if load_format not in ("auto", "dummy"):
             raise ConfigError(f'load_format={load_format!r} is unknown: use "auto" or "dummy".')
         reserve_memory()
@@ -76,6 +82,7 @@ class LLM:
         checkpoint = open_checkpoint(model, needs_weights=load_format != "dummy")
         family = find_family(checkpoint.config)
         self.config: ModelConfig = family.read_config(checkpoint.config)
+        self.plan.check_layers(self.config.num_layers)
         self.mesh: Mesh = make_mesh(self.plan)
         self.rules = Rules(self.plan)
         dtype = self._choose_dtype(engine_config.dtype)
@@ -258,7 +265,8 @@ class LLM:
             seed=_noise_seed(params.seed, index, self.engine.runner.engine.seed, number),
         )
         self.engine.submit(request)
-        completion = Completion(request, index, self.tokenizer)
+        interval = self.engine.runner.engine.stream_interval
+        completion = Completion(request, index, self.tokenizer, stream_interval=interval)
         self._live[number] = completion
         return completion
 
@@ -269,7 +277,11 @@ class LLM:
                 return
             if not self.engine.has_work:
                 raise RuntimeError(f"request {completion.request.id} is lost: nothing is running")
-            self._take_in(self.engine.step())
+            started = time.perf_counter()
+            updated = self.engine.step()
+            if self.engine.runner.engine.print_iter_log and jax.process_index() == 0:
+                print(_describe_step(self.engine, started), file=sys.stderr, flush=True)
+            self._take_in(updated)
 
     def _take_in(self, requests: Sequence[Request]) -> None:
         """Turns the new tokens of requests into text, and ends those that reached a stop text."""
@@ -303,34 +315,16 @@ class LLM:
         )
 
 
-def resolve_plan(
-    plan: ParallelPlan | str | Path | None,
-    *,
-    tp: int | None,
-    dp: int | None,
-    attention_dp: bool | None,
-) -> ParallelPlan:
-    """A plan from whichever words were used.
+def check_that_it_runs(plan: ParallelPlan) -> None:
+    """Refuses plans that can be laid out and described, but do not run yet.
 
     Raises:
-        PlanError: both a plan and sizes were given, or the plan needs what does not exist yet.
+        PlanError: the plan has pipeline stages or context ranks.
     """
-    words: dict[str, Any] = dict(tp=tp, dp=dp, attention_dp=attention_dp)
-    given = {key: value for key, value in words.items() if value is not None}
-    if plan is not None and given:
-        raise PlanError(
-            f"A plan and {', '.join(given)} were given: "
-            "put the sizes into the plan, or leave it out."
-        )
-    if plan is None:
-        plan = ParallelPlan(**given)
-    elif not isinstance(plan, ParallelPlan):
-        plan = ParallelPlan.from_yaml(plan)
     if plan.pp > 1:
         raise PlanError(f"pp={plan.pp}: pipeline parallelism does not run yet, use pp=1.")
     if plan.cp > 1:
         raise PlanError(f"cp={plan.cp}: context parallelism does not run yet, use cp=1.")
-    return plan
 
 
 def reserve_memory() -> None:
@@ -358,6 +352,15 @@ def _noise_seed(seed: int | None, index: int, engine_seed: int, number: int) -> 
     """32 bits: the same for the same seed and completion, else different for every request."""
     text = f"{engine_seed} {number}" if seed is None else f"{seed} {index}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+
+def _describe_step(engine: Engine, started: float) -> str:
+    milliseconds = 1e3 * (time.perf_counter() - started)
+    scheduler, stats = engine.scheduler, engine.stats
+    return (
+        f"step {stats.steps}: {scheduler.num_running} running, {scheduler.num_waiting} waiting, "
+        f"{stats.tokens} tokens so far, {milliseconds:.1f} ms"
+    )
 
 
 def _take_deltas(group: Sequence[Completion]) -> list[Delta]:

@@ -81,8 +81,18 @@ class Delta:
 class Completion:
     """Follows one request: decodes its tokens, looks for stop texts, keeps deltas for a stream."""
 
-    def __init__(self, request: Request, index: int, tokenizer: Tokenizer | None):
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        tokenizer: Tokenizer | None,
+        *,
+        stream_interval: int = 1,
+    ):
         self.request, self.index = request, index
+        self._interval = stream_interval
+        self._unsent_text = ""
+        self._num_sent = 0
         self.text = ""
         self.finish_reason: str | None = None
         self.stop_text: str | None = None
@@ -126,15 +136,22 @@ class Completion:
             self._held = text[len(text) - _held_back(text, stops) :]
             text = text[: len(text) - len(self._held)]
         self.text += text
-        if text or new or self.is_finished:
+        self._unsent_text += text
+        if (text or new or self.is_finished) and self._is_due():
             self.deltas.append(
                 Delta(
                     index=self.index,
-                    text=text,
-                    token_ids=tuple(new),
+                    text=self._unsent_text,
+                    token_ids=tuple(self.token_ids[self._num_sent :]),
                     finish_reason=self.finish_reason,
                 )
             )
+            self._unsent_text, self._num_sent = "", len(self.token_ids)
+
+    def _is_due(self) -> bool:
+        """Whether a stream gets what is there: the first token at once, then by intervals."""
+        passed = len(self.token_ids) // self._interval > self._num_sent // self._interval
+        return passed or self._num_sent == 0 or self.is_finished
 
     def describe(self, entries: Sequence[TokenLogprobs]) -> CompletionOutput:
         """What the user gets; `entries` are the engine's log-probabilities of its tokens."""

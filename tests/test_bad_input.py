@@ -85,7 +85,7 @@ def test_an_unknown_architecture_is_refused_with_those_that_run(tmp_path):
         (dict(tensor_parallel_size=16), "needs 16 devices, and 8 cpu devices are here"),
         (dict(plan=ParallelPlan(dp=3, tp=4)), "needs 12 devices.*at most 8"),
         (dict(plan="nowhere.yaml"), "neither a YAML file nor a preset"),
-        (dict(plan="tp2", tensor_parallel_size=2), "A plan and .* were given"),
+        (dict(plan=ParallelPlan(tp=2), tensor_parallel_size=2), "A plan and .* were given"),
         (dict(data_parallel_size=0), "=0 is not a size: use a whole number from 1 up"),
         (dict(plan=ParallelPlan(pp=2)), "pipeline parallelism does not run yet"),
         (dict(plan=ParallelPlan(cp=2)), "context parallelism does not run yet"),

@@ -223,3 +223,10 @@ PLAN_WORDS = (
     "enable_attention_dp",
 )
 """Targets that make up the plan; all others are options of the engine."""
+
+PLAN_KEYS = frozenset(
+    key.partition(".")[0]
+    for key, fate in KEYS.items()
+    if isinstance(fate, Honoured) and fate.target in PLAN_WORDS
+)
+"""Keys that set a part of the plan."""
