@@ -1,8 +1,7 @@
 """Every dispatch, on every placement of tokens and experts, gives what a plain loop gives."""
 
 import re
-from collections import Counter
-from functools import cache, partial
+from functools import cache, cached_property
 from typing import Any
 
 import jax
@@ -11,23 +10,30 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from llmjax.parallel.expert_dispatch import dispatch_experts
+from llmjax.parallel.expert_dispatch import Dispatch, dispatch_experts
 from meshes import ParallelPlan, Rules, make_mesh
 from pallas_kernels import grouped_gemm
 
 EMBED, FFN, EXPERTS, TOP_K = 16, 8, 9, 4
-METHODS = ("allreduce", "allgather", "all_to_all")
-PLACEMENTS = (False, True, "partial")
-SIZES = ({"ep": 8}, {"ep": 4, "tp": 2}, {"dp": 2, "ep": 2, "tp": 2}, {"dp": 2, "tp": 4})
-PLANS = [ParallelPlan(**sizes, attention_dp=dp) for sizes in SIZES for dp in PLACEMENTS]
-MIXED = ParallelPlan(dp=2, ep=2, tp=2)
+METHODS: tuple[Dispatch, ...] = ("allreduce", "allgather", "all_to_all")
+PLACEMENTS: tuple[Any, ...] = (False, True, "partial")
+MIXED = [ParallelPlan(dp=2, ep=2, tp=2, attention_dp=dp) for dp in PLACEMENTS]
+PLANS = [
+    *MIXED,
+    *(ParallelPlan(ep=4, tp=2, attention_dp=dp) for dp in PLACEMENTS),
+    # Where one of ep and tp is 1, partial attention DP is one of the other two.
+    *(ParallelPlan(ep=8, attention_dp=dp) for dp in (False, True)),
+    *(ParallelPlan(dp=2, tp=4, attention_dp=dp) for dp in (False, True)),
+]
 
 
 class Layer:
     """Two layers of experts, of which the first must not be read, in slots that ep divides."""
 
-    def __init__(self, plan: ParallelPlan, dtype: Any = jnp.float32) -> None:
-        self.plan, self.rules, self.mesh = plan, Rules(plan), make_mesh(plan)
+    def __init__(
+        self, plan: ParallelPlan, *, dtype: Any = jnp.float32, rules: Rules | None = None
+    ) -> None:
+        self.rules, self.mesh, self.dtype = rules or Rules(plan), make_mesh(plan), dtype
         ranks = self.rules.size("experts")
         rng, slots = np.random.default_rng(0), -(-EXPERTS // ranks) * ranks
         self.slots_a_rank = slots // ranks
@@ -37,7 +43,6 @@ class Layer:
         self.down = np.full((2, slots, FFN, EMBED), np.nan, np.float32)
         for weight in (self.up, self.bias, self.down):
             weight[1, :EXPERTS] = rng.normal(size=weight[1, :EXPERTS].shape) * 0.3
-        self.dtype = dtype
 
     @property
     def specs(self) -> dict[str, PartitionSpec]:
@@ -92,25 +97,27 @@ layer_on = cache(Layer)
 
 
 @cache
-def compiled(plan: ParallelPlan, method: str, **options: Any):
-    """The jitted dispatch on a plan."""
-    layer = layer_on(plan)
+def jitted(layer: Layer, method: Dispatch, **options: Any) -> Any:
+    """The dispatch on the layer's plan: (x, slots, gates, params, layer) -> results."""
 
     def run(x, slots, gates, params, index):
         return dispatch_experts(
-            x,
-            slots,
-            gates,
-            params,
-            layer.specs,
-            index,
-            compute,
+            *(x, slots, gates, params, layer.specs, index, compute),
             method=method,
             rules=layer.rules,
             **options,
         )
 
     return jax.jit(run)
+
+
+def check(layer: Layer, method: Dispatch, inputs: tuple, *, kind: str = "", **options: Any) -> None:
+    """Compares the dispatch with the loop."""
+    with jax.set_mesh(layer.mesh):
+        out = jitted(layer, method, **options)(*layer.arguments(*inputs))
+    scaled = options.get("scale_inputs", False)
+    expected = layer.expected(*inputs, scale_inputs=scaled)
+    np.testing.assert_allclose(out, expected, atol=1e-5, err_msg=kind)
 
 
 def routing(kind: str, tokens: int, slots_a_rank: int, top_k: int = TOP_K) -> tuple:
@@ -129,7 +136,7 @@ def routing(kind: str, tokens: int, slots_a_rank: int, top_k: int = TOP_K) -> tu
         slots = np.where(slots < slots_a_rank, -1, slots)
     elif kind == "some tokens unused":
         slots[::3] = -1
-        gates[::3] = np.nan
+        gates[::3] = x[::3] = np.nan
     return x, slots, gates
 
 
@@ -141,7 +148,197 @@ KINDS = ("random", "one expert", "one rank", "not the first rank", "some tokens 
 def test_every_dispatch_equals_the_loop_for_every_routing(plan, method):
     layer = layer_on(plan)
     for kind in KINDS:
+        check(layer, method, routing(kind, 16, layer.slots_a_rank), kind=kind)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("plan", "tokens"),
+    [
+        (ParallelPlan(ep=8), 1),
+        (ParallelPlan(ep=4, tp=2), 1),
+        (ParallelPlan(ep=4, tp=2, attention_dp=True), 8),
+    ],
+    ids=str,
+)
+def test_a_single_token_on_a_rank_finds_its_experts(plan, tokens, method):
+    layer = layer_on(plan)
+    check(layer, method, routing("random", tokens, layer.slots_a_rank))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_slot_a_token_is_enough(method):
+    layer = layer_on(MIXED[2])
+    check(layer, method, routing("random", 16, layer.slots_a_rank, top_k=1))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("plan", MIXED[:2], ids=str)
+def test_rounds_of_fewer_tokens_give_the_same(plan, method):
+    layer = layer_on(plan)
+    tokens = 7 * layer.rules.size("tokens")
+    inputs = routing("some tokens unused", tokens, layer.slots_a_rank)
+    # 7 tokens a rank in rounds of 3: three of them, the last with two tokens that are padding.
+    check(layer, method, inputs, max_num_tokens=3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gates_can_scale_what_the_experts_get(method):
+    layer = layer_on(MIXED[0])
+    inputs = routing("random", 16, layer.slots_a_rank)
+    check(layer, method, inputs, scale_inputs=True)
+    plain, scaled = layer.expected(*inputs), layer.expected(*inputs, scale_inputs=True)
+    assert np.abs(plain - scaled).max() > 0.01, "the bias must make the two differ"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_stays_near_the_loop(method):
+    layer = Layer(MIXED[1], dtype=jnp.bfloat16)
+    inputs = routing("random", 16, layer.slots_a_rank)
+    with jax.set_mesh(layer.mesh):
+        out = jitted(layer, method)(*layer.arguments(*inputs))
+    assert out.dtype == jnp.bfloat16
+    expected = layer.expected(*inputs)
+    np.testing.assert_allclose(
+        out.astype(jnp.float32), expected, atol=0.02 * np.abs(expected).max()
+    )
+
+
+class WideRules(Rules):
+    """Experts over data replicas too."""
+
+    @cached_property
+    def table(self) -> dict[str, tuple[str, ...]]:
+        return {**super().table, "experts": ("dp", "ep")}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("plan", MIXED, ids=str)
+def test_experts_may_lie_over_data_replicas_too(plan, method):
+    layer = Layer(plan, rules=WideRules(plan))
+    for kind in ("random", "one rank"):
+        check(layer, method, routing(kind, 16, layer.slots_a_rank), kind=kind)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stage_of_a_pipeline_dispatches_over_the_axes_that_are_left(method):
+    layer = layer_on(ParallelPlan(pp=2, ep=2, tp=2, attention_dp=True))
+    inputs = routing("random", 16, layer.slots_a_rank)
+
+    def stage(x, slots, gates, params):
+        own = (x, slots, gates, params, layer.specs, jnp.int32(0), compute)
+        return dispatch_experts(*own, method=method, rules=layer.rules)[None]
+
+    def run(x, slots, gates, params, index):
+        # Each stage has one layer; the second stage has the one that must be read.
+        stacked = {name: PartitionSpec("pp", *spec[1:]) for name, spec in layer.specs.items()}
+        whole, per_stage = PartitionSpec(), PartitionSpec("pp")
+        return jax.shard_map(
+            stage,
+            in_specs=(whole, whole, whole, per_stage),
+            out_specs=per_stage,
+            axis_names={"pp"},
+            check_vma=False,
+        )(x, slots, gates, jax.sharding.reshard(params, stacked))
+
+    with jax.set_mesh(layer.mesh):
+        out = np.asarray(jax.jit(run)(*layer.arguments(*inputs)))
+    assert np.isnan(out[0]).all()
+    np.testing.assert_allclose(out[1], layer.expected(*inputs), atol=1e-5)
+
+
+SENT = {
+    # Attention TP: tokens are everywhere.
+    ("allreduce", False): [("all-reduce", "ep tp")],
+    ("allgather", False): [("reduce-scatter", "ep tp"), ("all-gather", "ep tp")],
+    ("all_to_all", False): [
+        ("all-to-all", "ep"),
+        ("all-to-all", "ep"),
+        ("all-reduce", "tp"),
+        ("all-gather", "ep"),
+    ],
+    # Full attention DP: nothing but the all-to-alls goes over ep.
+    ("allreduce", True): [("all-gather", "ep tp"), ("reduce-scatter", "ep tp")],
+    ("allgather", True): [("all-gather", "ep tp"), ("reduce-scatter", "ep tp")],
+    ("all_to_all", True): [
+        ("all-gather", "tp"),
+        ("all-to-all", "ep"),
+        ("all-to-all", "ep"),
+        ("reduce-scatter", "tp"),
+    ],
+    # Partial attention DP: tokens are split over ep alone.
+    ("allreduce", "partial"): [
+        ("all-gather", "ep"),
+        ("reduce-scatter", "ep"),
+        ("all-reduce", "tp"),
+    ],
+    ("allgather", "partial"): [
+        ("all-gather", "ep"),
+        ("reduce-scatter", "ep"),
+        ("reduce-scatter", "tp"),
+        ("all-gather", "tp"),
+    ],
+    ("all_to_all", "partial"): [
+        ("all-to-all", "ep"),
+        ("all-to-all", "ep"),
+        ("all-reduce", "tp"),
+    ],
+}
+"""Dispatch and placement of tokens -> collectives of the compiled program, in order."""
+
+
+@pytest.mark.parametrize(("method", "attention_dp"), SENT, ids=str)
+def test_a_dispatch_sends_what_it_promises_and_no_more(method, attention_dp):
+    layer = layer_on(ParallelPlan(dp=2, ep=2, tp=2, attention_dp=attention_dp))
+    arguments = layer.arguments(*routing("random", 16, layer.slots_a_rank))
+    with jax.set_mesh(layer.mesh):
+        program = jitted(layer, method).lower(*arguments).compile().as_text()
+    assert collectives(program) == SENT[method, attention_dp]
+
+
+def collectives(program: str) -> list[tuple[str, str]]:
+    """Each collective of a compiled program with its mesh axes."""
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(
+        rf" ({kinds})(?:-start)?\(.*replica_groups=mesh\[[^]]*\] {{([^}}]*)}}", program
+    )
+    assert len(found) == len(re.findall(rf" (?:{kinds})(?:-start)?\(", program))
+    return [(kind, " ".join(re.findall(r"'(\w+)'", axes))) for kind, axes in found]
+
+
+@pytest.mark.parametrize("plan", MIXED, ids=str)
+def test_the_ragged_exchange_lowers_for_cuda_without_a_gpu(plan):
+    layer = layer_on(plan)
+    arguments = layer.arguments(*routing("random", 16, layer.slots_a_rank))
+    with jax.set_mesh(layer.mesh):
+        traced = jitted(layer, "all_to_all", exchange="ragged").trace(*arguments)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("ragged_all_to_all") == 2
+
+
+def ragged_all_to_all(
+    operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name
+):
+    """What the documentation of `lax.ragged_all_to_all` says that it does, by gathering it all."""
+    me, rows = jax.lax.axis_index(axis_name), jnp.arange(output.shape[0])
+    every = [
+        jax.lax.all_gather(array, axis_name)
+        for array in (operand, input_offsets, send_sizes, output_offsets)
+    ]
+    for source in range(every[0].shape[0]):
+        data, start, size, target = (array[source] for array in every)
+        start, size, target = start[me], size[me], target[me]
+        size = jnp.where(size == recv_sizes[source], size, 0)
+        read = jnp.clip(rows - target + start, 0, len(data) - 1)
+        here = (rows >= target) & (rows < target + size)
+        output = jnp.where(here[:, None], data[read], output)
+    return output
+
+
+@pytest.mark.parametrize("plan", MIXED[:2], ids=str)
+def test_the_ragged_exchange_equals_the_loop_for_every_routing(plan, monkeypatch):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all)
+    layer = layer_on(plan)
+    for kind in KINDS:
         inputs = routing(kind, 16, layer.slots_a_rank)
-        with jax.set_mesh(layer.mesh):
-            out = compiled(plan, method)(*layer.arguments(*inputs))
-        np.testing.assert_allclose(out, layer.expected(*inputs), atol=1e-5, err_msg=kind)
+        check(layer, "all_to_all", inputs, kind=kind, exchange="ragged")
