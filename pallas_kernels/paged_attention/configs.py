@@ -4,9 +4,12 @@ Measured on an H200 by `python -m benchmarks.kernels --op paged_attention --tune
 """
 
 from pallas_kernels.paged_attention.decode_shape import DecodeConfig
+from pallas_kernels.paged_attention.prefill_shape import PrefillConfig
 
 SHARED_BYTES = 220 * 1024
 """Shared memory of a block for tiles and operands; the rest is for barriers and reductions."""
+PREFILL_SHARED_BYTES = 224 * 1024
+"""The same for prefill, which reduces in registers alone."""
 TILE_BYTES = 64 * 1024
 """Bytes of the keys and values of a tile: large enough to hide what a tile costs besides."""
 
@@ -21,3 +24,11 @@ def decode_config(*, heads: int, kv_heads: int, d: int, dv: int, num_sms: int) -
     operands = 2 * columns * (2 * d + dv + kv_block)
     stages = (SHARED_BYTES - operands) // (2 * kv_block * (d + dv))
     return DecodeConfig(blocks=num_sms, kv_block=kv_block, stages=min(stages, 8))
+
+
+def prefill_config(*, d: int, dv: int, num_sms: int) -> PrefillConfig:
+    """The configuration of a prefill step with such heads, of 2-byte elements."""
+    kv_block = 128 if max(d, dv) <= 128 else 64
+    free = PREFILL_SHARED_BYTES - 2 * 128 * (d + 128)
+    stages = free // (2 * kv_block * (d + dv))
+    return PrefillConfig(blocks=num_sms, kv_block=kv_block, stages=min(stages, 4))

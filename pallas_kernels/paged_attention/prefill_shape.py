@@ -1,0 +1,111 @@
+"""Sizes of the prefill kernel on Hopper, and the references that its parts share."""
+
+import dataclasses
+from typing import Any
+
+WARPGROUPS = 2
+"""Warpgroups that compute; one more loads."""
+WARPGROUP_ROWS = 64
+"""Queries of one head that a warpgroup computes together: the height of wgmma."""
+TOKEN_ALIGNMENT = 8
+"""Tiles of queries begin at multiples of it: swizzled copies move eight rows at a time."""
+CHUNK = 64
+"""Features that leave shared memory in one copy."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillConfig:
+    """How the prefill kernel is laid out on the chip."""
+
+    blocks: int
+    """Thread blocks: one for each multiprocessor."""
+    kv_block: int = 128
+    """Positions of a tile of keys and values."""
+    stages: int = 2
+    """Tiles of keys and values that a block holds in shared memory."""
+    in_registers: bool = True
+    """Whether weights and sums stay in registers: the interpreter knows no such products."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillShape:
+    """Static sizes that the kernel bodies share."""
+
+    tokens: int
+    heads: int
+    kv_heads: int
+    d: int
+    dv: int
+    pages: int
+    page: int
+    scale: float
+    soft_cap: float | None
+    windowed: bool
+    has_sinks: bool
+    config: PrefillConfig
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def item_heads(self) -> int:
+        """Query heads of a work item: two of one KV head where there are, a warpgroup each."""
+        return 1 if self.group % WARPGROUPS else WARPGROUPS
+
+    @property
+    def item_tokens(self) -> int:
+        """Tokens of a work item."""
+        return WARPGROUPS * WARPGROUP_ROWS // self.item_heads
+
+    @property
+    def out_stages(self) -> int:
+        """Chunks of outputs of a warpgroup in shared memory, where wide heads leave less room."""
+        return 2 if self.dv <= 128 else 1
+
+    @property
+    def copy_rows(self) -> int:
+        """Positions of one copy, which must lie in one page."""
+        return min(self.page, self.config.kv_block)
+
+    @property
+    def copies(self) -> int:
+        """Copies that fill a tile."""
+        return self.config.kv_block // self.copy_rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillRefs:
+    """The references of the kernel: operands, results, then scratch."""
+
+    q: Any
+    k_pages: Any
+    v_pages: Any
+    layer: Any
+    page_table: Any
+    tiles: Any
+    """Tiles of queries, see `prefill_plan`."""
+    tile_count: Any
+    window: Any = None
+    sinks: Any = None
+    out: Any
+    lse: Any
+    q_shared: Any
+    k_shared: Any
+    v_shared: Any
+    out_shared: Any
+    """Chunks of a warpgroup's outputs: one is filled while another leaves."""
+    edge_shared: Any
+    """Eight rows without swizzle, of which single ones leave."""
+    weights_shared: Any = None
+    q_full: Any
+    q_free: Any
+    k_full: Any
+    k_free: Any
+    v_full: Any
+    v_free: Any
+    v_landed: Any
+    """A tile that reaches past its row's end has landed, and is yet to be cleared there."""
+    turn: Any
+    """Where the computing warpgroups meet: one multiplies while the other exponentiates."""

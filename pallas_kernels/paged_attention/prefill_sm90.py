@@ -1,0 +1,182 @@
+"""Prefill over pages on Hopper: ragged rows of many queries, in one launch.
+
+Queries are cut into tiles on the device, see `prefill_plan`; the blocks, one on each
+multiprocessor, walk over them. A block is three warpgroups: one copies pages to shared memory, two
+compute, on two query heads of the same KV head where there are, so that they read the same tiles.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.paged_attention.prefill_load import load_items
+from pallas_kernels.paged_attention.prefill_plan import Plan, gather_tokens, plan_tiles
+from pallas_kernels.paged_attention.prefill_shape import (
+    CHUNK,
+    TOKEN_ALIGNMENT,
+    WARPGROUP_ROWS,
+    WARPGROUPS,
+    PrefillConfig,
+    PrefillRefs,
+    PrefillShape,
+)
+from pallas_kernels.paged_attention.prefill_softmax import compute_items
+
+LOAD_REGISTERS, COMPUTE_REGISTERS = 40, 232
+"""Registers of a thread: of the 504 that three warpgroups start with."""
+
+
+def paged_prefill(
+    q: Float[Array, "tokens heads d"],
+    k_pages: Float[Array, "layers pages page kv_heads d"],
+    v_pages: Float[Array, "layers pages page kv_heads dv"],
+    layer: Int[Array, ""] | int,
+    page_table: Int[Array, "rows width"],
+    query_start: Int[Array, "rows_plus_one"],
+    lengths: Int[Array, "rows"],
+    *,
+    scale: float,
+    window: Int[Array, ""] | int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, "heads"] | None = None,
+    config: PrefillConfig,
+    interpret: Any = None,
+) -> tuple[Float[Array, "tokens heads dv"], Float[Array, "tokens heads"]]:
+    """Causal attention of ragged rows over their pages, and its log-sum-exp; see the reference.
+
+    Raises NotImplementedError for what the kernel does not cover.
+    """
+    tokens, heads, d = q.shape
+    _, pages, page, kv_heads, dv = v_pages.shape
+    shape = PrefillShape(
+        tokens=tokens + -tokens % TOKEN_ALIGNMENT,
+        heads=heads,
+        kv_heads=kv_heads,
+        d=d,
+        dv=dv,
+        pages=pages,
+        page=page,
+        scale=scale,
+        soft_cap=soft_cap,
+        windowed=window is not None,
+        has_sinks=sinks is not None,
+        config=config,
+    )
+    _check(shape, q, k_pages)
+    plan = plan_tiles(
+        query_start,
+        lengths,
+        window,
+        tokens=tokens,
+        tile_tokens=shape.item_tokens,
+        kv_block=config.kv_block,
+        kv_alignment=shape.copy_rows,
+    )
+    queries = q.reshape(tokens, heads * d)
+    operands = {
+        "q": jnp.pad(queries, ((0, shape.tokens - tokens), (0, 0))),
+        "k_pages": k_pages.reshape(-1, kv_heads * d),
+        "v_pages": v_pages.reshape(-1, kv_heads * dv),
+        "layer": jnp.asarray(layer, jnp.int32).reshape(1),
+        "page_table": page_table,
+        "tiles": plan.tiles,
+        "tile_count": plan.count,
+    }
+    if window is not None:
+        operands["window"] = jnp.asarray(window, jnp.int32).reshape(1)
+    if sinks is not None:
+        operands["sinks"] = sinks.astype(jnp.float32)
+    out, lse = _launch(shape, plan, operands, interpret)
+    lse = gather_tokens(plan, lse, tokens=tokens, tile_tokens=shape.item_tokens)
+    return out[:tokens].reshape(tokens, heads, dv), lse
+
+
+def _check(shape: PrefillShape, q: Array, k_pages: Array) -> None:
+    """Raises NotImplementedError for what the kernel does not cover."""
+    config = shape.config
+    pool = k_pages.shape[0] * shape.pages * shape.page
+    problems = {
+        f"queries of {q.dtype} and pages of {k_pages.dtype}; it takes bfloat16 or float16, one "
+        "for both": q.dtype != k_pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float16),
+        f"head dimensions {shape.d} and {shape.dv}; it takes multiples of 64 up to 256": (
+            shape.d % 64 or shape.dv % 64 or max(shape.d, shape.dv) > 256
+        ),
+        f"pages of {shape.page}; it takes powers of 2 from 16 on": (
+            shape.page < 16 or shape.page & (shape.page - 1)
+        ),
+        f"a scale of {shape.scale}; it takes positive ones": shape.scale <= 0,
+        f"a pool of {pool} positions in all layers; it takes fewer than 2^31": pool >= 2**31,
+        f"{config.stages} stages; it needs 2 to load ahead": config.stages < 2,
+    }
+    for problem, present in problems.items():
+        if present:
+            raise NotImplementedError(f"paged prefill on Hopper does not cover {problem}")
+
+
+def _launch(
+    shape: PrefillShape, plan: Plan, operands: dict[str, Array], interpret: Any
+) -> tuple[Array, Array]:
+    config, dtype = shape.config, operands["q"].dtype
+    tiles = plan.tiles.shape[0]
+    results = {
+        "out": jax.ShapeDtypeStruct((shape.tokens, shape.heads * shape.dv), dtype),
+        "lse": jax.ShapeDtypeStruct((tiles, shape.heads, shape.item_tokens), jnp.float32),
+    }
+    tiled = (
+        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+    )
+    stages, kv_block = config.stages, config.kv_block
+    staged = (WARPGROUPS, shape.out_stages, WARPGROUP_ROWS, CHUNK)
+    scratch = {
+        "q_shared": plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS, shape.d), dtype, transforms=tiled),
+        "k_shared": plgpu.SMEM((stages, kv_block, shape.d), dtype, transforms=tiled),
+        "v_shared": plgpu.SMEM((stages, kv_block, shape.dv), dtype, transforms=tiled),
+        "out_shared": plgpu.SMEM(staged, dtype, transforms=tiled),
+        "edge_shared": plgpu.SMEM((WARPGROUPS, TOKEN_ALIGNMENT, CHUNK), dtype),
+        "q_full": plgpu.Barrier(num_arrivals=WARPGROUPS),
+        "q_free": plgpu.Barrier(num_arrivals=WARPGROUPS),
+        "k_full": plgpu.Barrier(num_barriers=stages, num_arrivals=shape.copies),
+        "k_free": plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS),
+        "v_full": plgpu.Barrier(num_barriers=stages, num_arrivals=shape.copies),
+        "v_free": plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS),
+        "v_landed": plgpu.Barrier(num_arrivals=shape.copies),
+        "turn": plgpu.Barrier(num_barriers=WARPGROUPS),
+    }
+    if not config.in_registers:
+        weights = (WARPGROUPS, WARPGROUP_ROWS, kv_block)
+        scratch["weights_shared"] = plgpu.SMEM(weights, dtype, transforms=tiled)
+    out, lse = plgpu.kernel(
+        functools.partial(_prefill_kernel, shape, (*operands, *results, *scratch)),
+        out_type=tuple(results.values()),
+        scratch_types=list(scratch.values()),
+        grid=(config.blocks,),
+        grid_names=("block",),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="paged_prefill",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(*operands.values())
+    return out, lse
+
+
+def _prefill_kernel(shape: PrefillShape, names: tuple[str, ...], *all_refs: Any) -> None:
+    refs = PrefillRefs(**dict(zip(names, all_refs, strict=True)))
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+        load_items(shape, refs)
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _():
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        compute_items(shape, refs)

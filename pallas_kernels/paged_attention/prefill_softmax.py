@@ -1,0 +1,218 @@
+"""Softmax of the prefill kernel on Hopper: the warpgroups that compute on the tiles.
+
+Arrays are [queries, positions] or [queries, dv]. The two warpgroups take turns: while the tensor
+cores work for one, the other exponentiates (FlashAttention-3, Shah et al., 2024).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from pallas_kernels.paged_attention.prefill_shape import (
+    WARPGROUP_ROWS,
+    WARPGROUPS,
+    PrefillRefs,
+    PrefillShape,
+)
+from pallas_kernels.paged_attention.prefill_store import store_log_sum_exp, store_out
+from pallas_kernels.paged_attention.prefill_walk import Item, for_each_item
+
+LOG2_E = math.log2(math.e)
+HIDDEN = -1e30
+"""Score of a hidden position. It is finite: a row that has seen nothing yet stays a number, and
+what it has summed up is forgotten at the first position that it sees."""
+
+
+class Softmax(NamedTuple):
+    """A softmax in progress, in powers of 2."""
+
+    sums: Array
+    """Weighted sums of values [queries, dv]."""
+    highest: Array
+    """Highest score [queries]."""
+    total: Array
+    """Sum of weights [queries]."""
+
+
+def compute_items(shape: PrefillShape, refs: PrefillRefs) -> None:
+    """Computes and writes the block's items."""
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == 1)
+    def _():
+        plgpu.barrier_arrive(refs.turn.at[0])
+
+    computer = _Computer(shape=shape, refs=refs, warpgroup=warpgroup)
+    for_each_item(shape, refs, computer.compute_item)
+
+    @pl.when(warpgroup == 0)
+    def _():
+        plgpu.barrier_wait(refs.turn.at[0])
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Computer:
+    shape: PrefillShape
+    refs: PrefillRefs
+    warpgroup: Array
+
+    def compute_item(self, item: Item) -> None:
+        shape = self.shape
+        token, head = item.queries_of(shape, self.warpgroup)
+        done = self._attend(item, token - item.tile.token + item.tile.position)
+        empty = item.tile.kv_tiles == 0
+        if shape.has_sinks:
+            done = self._add_sink(done, self.refs.sinks[head])
+        inverse = jnp.where(done.total > 0, 1.0 / done.total, 0.0)
+        out = _wgmma(done.sums * _along(inverse, shape.dv))
+        store_out(shape, self.refs, item.tile, token, head, self.warpgroup, out)
+        lse = (done.highest + jnp.log2(done.total)) * (1 / LOG2_E)
+        lse = _wgmma(lse + jnp.where(empty, -jnp.inf, 0.0))
+        store_log_sum_exp(self.refs, item.tile, token, head, lse)
+
+    def _attend(self, item: Item, position: Array) -> Softmax:
+        """Attends from the queries that begin at a position to the tiles of an item."""
+        shape, kv_block, count = self.shape, self.shape.config.kv_block, item.tile.kv_tiles
+        queries = WARPGROUP_ROWS
+        start = Softmax(
+            _wgmma(jnp.zeros((queries, shape.dv), jnp.float32)),
+            _wgmma(jnp.full((queries,), -jnp.inf, jnp.float32)),
+            _wgmma(jnp.zeros((queries,), jnp.float32)),
+        )
+
+        @pl.when(count > 0)
+        def _():
+            plgpu.barrier_wait(self.refs.q_full)
+            plgpu.barrier_wait(self.refs.turn.at[self.warpgroup])
+
+        # The positions that all queries see are between two edges.
+        last_full = lax.div(jnp.maximum(position + 1 - item.tile.kv_begin, 0), jnp.int32(kv_block))
+        last_full = jnp.minimum(last_full, count)
+        first_full = jnp.int32(0)
+        if shape.windowed:
+            window = self.refs.window[0]
+            low = position + queries - window - item.tile.kv_begin
+            first_full = pl.cdiv(jnp.maximum(low, 0), jnp.int32(kv_block))
+            first_full = jnp.minimum(jnp.where(window > 0, first_full, 0), count)
+            last_full = jnp.maximum(first_full, last_full)
+        whole_tile = functools.partial(self._attend_tile, item, position, False)
+        edge_tile = functools.partial(self._attend_tile, item, position, True)
+        done = start
+        if shape.windowed:
+            done = lax.fori_loop(0, first_full, edge_tile, done)
+        done = lax.fori_loop(first_full, last_full, whole_tile, done)
+        return lax.fori_loop(last_full, count, edge_tile, done)
+
+    def _attend_tile(
+        self, item: Item, position: Array, masked: bool, index: Array, carry: Softmax
+    ) -> Softmax:
+        """Adds a tile to the softmax. It begins and ends with the turn at the tensor cores."""
+        shape, refs = self.shape, self.refs
+        sums, highest, total = carry
+        kv_block = shape.config.kv_block
+        slot = lax.rem(item.steps + index, jnp.int32(shape.config.stages))
+        other = WARPGROUPS - 1 - self.warpgroup
+        last = index == item.tile.kv_tiles - 1
+        plgpu.barrier_wait(refs.k_full.at[slot])
+
+        def multiply_keys(product: Any) -> Array:
+            keys = refs.k_shared.at[slot].transpose((1, 0))
+            plgpu.wgmma(product, refs.q_shared.at[self.warpgroup], keys)
+            plgpu.barrier_arrive(refs.turn.at[other])
+            return _wgmma(product[...])
+
+        accumulator = plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, kv_block), jnp.float32)
+        scores = pl.run_scoped(multiply_keys, accumulator)
+        plgpu.barrier_arrive(refs.k_free.at[slot])
+
+        @pl.when(last)
+        def _():
+            plgpu.barrier_arrive(refs.q_free)
+
+        scores, factor = self._capped(scores)
+        if masked:
+            start = item.tile.kv_begin + index * kv_block
+            scores = jnp.where(self._visible(position - start, scores.shape), scores, HIDDEN)
+        new_highest = _wgmma(jnp.maximum(highest, scores.max(axis=1) * factor))
+        keep = jnp.exp2(highest - new_highest)
+        weights = _wgmma(jnp.exp2(scores * factor - _along(new_highest, kv_block)))
+        total = _wgmma(total * keep + weights.sum(axis=1))
+        sums = _wgmma(sums * _along(keep, shape.dv))
+        weights = _wgmma(weights.astype(refs.v_shared.dtype))
+        # What the other warpgroup's turn can hide is done before this one's begins.
+        sums, new_highest, total, weights = lax.optimization_barrier(
+            (sums, new_highest, total, weights)
+        )
+        plgpu.barrier_wait(refs.v_full.at[slot])
+        plgpu.barrier_wait(refs.turn.at[self.warpgroup])
+
+        def finish_turn() -> None:
+            plgpu.barrier_arrive(refs.turn.at[other])
+
+        def multiply_values(product: Any) -> None:
+            plgpu.wgmma(product, weights, refs.v_shared.at[slot])
+            pl.when(last)(finish_turn)
+
+        def multiply_in_shared_memory(product: Any) -> Array:
+            refs.weights_shared.at[self.warpgroup][...] = weights
+            plgpu.commit_smem()
+            plgpu.wgmma(product, refs.weights_shared.at[self.warpgroup], refs.v_shared.at[slot])
+            pl.when(last)(finish_turn)
+            return product[...]
+
+        if shape.config.in_registers:
+            sums = pl.run_state(multiply_values)(plgpu.WGMMAAccumulatorRef.init(sums))
+        else:
+            accumulator = plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, shape.dv), jnp.float32)
+            sums = sums + pl.run_scoped(multiply_in_shared_memory, accumulator)
+        plgpu.barrier_arrive(refs.v_free.at[slot])
+        return Softmax(_wgmma(sums), new_highest, total)
+
+    def _capped(self, product: Array) -> tuple[Array, float]:
+        """Returns scores and what turns them into powers of 2."""
+        shape = self.shape
+        if shape.soft_cap is None:
+            return product, shape.scale * LOG2_E
+        # tanh(x) = 1 - 2 / (1 + exp(2 x)): the approximate tanh of the chip is too coarse.
+        power = jnp.exp2(product * (2 * shape.scale * LOG2_E / shape.soft_cap))
+        return 1.0 - 2.0 / (1.0 + power), shape.soft_cap * LOG2_E
+
+    def _visible(self, offset: Array, tile_shape: tuple[int, int]) -> Array:
+        """Returns what the queries see, the first of which is `offset` after the first key."""
+        query, key = (
+            plgpu.broadcasted_iota(jnp.int32, tile_shape, axis, layout=plgpu.Layout.WGMMA)
+            for axis in (0, 1)
+        )
+        behind = query - key + offset
+        visible = behind >= 0
+        if self.shape.windowed:
+            window = self.refs.window[0]
+            visible = visible & (behind < jnp.where(window > 0, window, jnp.iinfo(jnp.int32).max))
+        return visible
+
+    def _add_sink(self, done: Softmax, sink: Array) -> Softmax:
+        """Adds a position without a value, with the score `sink`."""
+        highest = jnp.maximum(done.highest, sink * LOG2_E)
+        keep = jnp.exp2(done.highest - highest)
+        sums = _wgmma(done.sums * _along(keep, self.shape.dv))
+        return Softmax(sums, highest, done.total * keep + jnp.exp2(sink * LOG2_E - highest))
+
+
+def _along(vector: Array, columns: int) -> Array:
+    """Repeats a value of each query, [queries], as [queries, columns]."""
+    return _wgmma(lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0]))
+
+
+def _wgmma(value: Array) -> Array:
+    """States the register layout, which is otherwise searched for, at length."""
+    layout = plgpu.Layout.WGMMA if value.ndim == 2 else plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.layout_cast(value, layout)

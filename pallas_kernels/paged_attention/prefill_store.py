@@ -1,0 +1,107 @@
+"""Stores of the prefill kernel on Hopper, which keep off the tokens of other rows."""
+
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from pallas_kernels.paged_attention.prefill_plan import Tile
+from pallas_kernels.paged_attention.prefill_shape import (
+    CHUNK,
+    TOKEN_ALIGNMENT,
+    WARPGROUP_ROWS,
+    PrefillRefs,
+    PrefillShape,
+)
+
+EIGHT_ROWS = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+"""How a warpgroup holds eight rows of 64: each warp two rows, each lane four neighbours."""
+
+
+def store_registers(ref: Any, value: Array) -> None:
+    """Stores registers as they lie: JAX 0.12 wants to be told that this may be slow."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
+def store_log_sum_exp(
+    refs: PrefillRefs, tile: Tile, token: Array, head: Array, values: Array
+) -> None:
+    """Stores what belongs to the queries from `token` on, in the tile's own place."""
+    rows = pl.ds(pl.multiple_of(token - tile.token, WARPGROUP_ROWS), WARPGROUP_ROWS)
+    store_registers(refs.lse.at[tile.index, head, rows], values)
+
+
+def store_out(
+    shape: PrefillShape,
+    refs: PrefillRefs,
+    tile: Tile,
+    token: Array,
+    head: Array,
+    warpgroup: Array,
+    out: Array,
+) -> None:
+    """Stores the outputs of a warpgroup's queries, the first of which is `token`."""
+    out = out.astype(refs.out.dtype)
+    for index, column in enumerate(range(0, shape.dv, CHUNK)):
+        staged = refs.out_shared.at[warpgroup, index % shape.out_stages]
+        # Stages alternate within an item; an item begins with all of them free.
+        plgpu.wait_smem_to_gmem(min(index, shape.out_stages - 1), wait_read_only=True)
+        staged[...] = plgpu.layout_cast(out[:, column : column + CHUNK], plgpu.Layout.WGMMA)
+        plgpu.commit_smem()
+        columns = pl.ds(pl.multiple_of(head * shape.dv + column, CHUNK), CHUNK)
+        _store_rows(staged, refs.edge_shared.at[warpgroup], refs.out, tile, token, columns)
+        plgpu.commit_smem_to_gmem_group()
+
+
+def _store_rows(
+    staged: Any, edge: Any, target: Any, tile: Tile, token: Array, columns: Any
+) -> None:
+    """Copies staged rows out from `token` on, those within the tile's own tokens."""
+    token = pl.multiple_of(token, TOKEN_ALIGNMENT)
+    whole = (tile.begin <= token) & (token + WARPGROUP_ROWS <= tile.end)
+
+    @pl.when(whole)
+    def _():
+        rows = target.at[pl.ds(token, WARPGROUP_ROWS), columns]
+        plgpu.copy_smem_to_gmem(staged, rows, commit_group=False)
+
+    def store_eight(index: Array, _: None) -> None:
+        row = pl.multiple_of(index * TOKEN_ALIGNMENT, TOKEN_ALIGNMENT)
+        first = pl.multiple_of(token + row, TOKEN_ALIGNMENT)
+        eight = staged.at[pl.ds(row, TOKEN_ALIGNMENT)]
+        begin = lax.max(tile.begin, first)
+        end = lax.min(tile.end, first + TOKEN_ALIGNMENT)
+
+        @pl.when(end - begin == TOKEN_ALIGNMENT)
+        def _():
+            rows = target.at[pl.ds(first, TOKEN_ALIGNMENT), columns]
+            plgpu.copy_smem_to_gmem(eight, rows, commit_group=False)
+
+        @pl.when(end - begin < TOKEN_ALIGNMENT)
+        def _():
+            # The swizzle ties eight rows together; single rows leave from an unswizzled copy.
+            plgpu.commit_smem_to_gmem_group()
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            store_registers(edge, plgpu.load(eight, layout=EIGHT_ROWS, optimized=False))
+            plgpu.commit_smem()
+
+            def store_one(token: Array, _: None) -> None:
+                source, row = edge.at[pl.ds(token - first, 1)], target.at[pl.ds(token, 1), columns]
+                plgpu.copy_smem_to_gmem(source, row, commit_group=False)
+
+            lax.fori_loop(begin, end, store_one, None)
+
+    @pl.when(jnp.logical_not(whole))
+    def _():
+        eights = jnp.int32(TOKEN_ALIGNMENT)
+        begin = lax.div(lax.max(tile.begin - token, 0), eights)
+        end = pl.cdiv(lax.clamp(0, tile.end - token, WARPGROUP_ROWS), eights)
+        lax.fori_loop(begin, end, store_eight, None)
