@@ -114,7 +114,7 @@ def _read_call(call: Instruction, computation: Computation, sizes: Mapping[str, 
 
 
 def _is_promoted(call: Instruction) -> bool:
-    """Whether XLA:CPU sums 16-bit numbers as float32, which no other backend does."""
+    """Whether XLA:CPU sums bfloat16 as float32; on a GPU it does not."""
     return any(callee.endswith("_promoted") for callee in call.callees)
 
 

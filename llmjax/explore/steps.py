@@ -19,8 +19,8 @@ from llmjax.explore.collectives import Collective, read_collectives
 from llmjax.weights.model import declared_params, nest
 from meshes import ParallelPlan, PlanError, Rules, make_mesh
 
-KEEP_16_BITS = {"xla_disable_hlo_passes": "float-normalization-bf16,float-normalization-f16"}
-"""XLA:CPU would widen 16-bit numbers to float32, and with them the messages; others do not."""
+KEEP_BFLOAT16 = {"xla_disable_hlo_passes": "float-normalization-bf16"}
+"""XLA:CPU would widen bfloat16 to float32, and with it the messages; on a GPU it does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def _compile_and_read(
         "decode": max(bucket for bucket in runner.buckets if not bucket.prefill_tokens),
         "prefill": max(runner.buckets),
     }
-    kept = KEEP_16_BITS if platform == "cpu" else {}
+    kept = KEEP_BFLOAT16 if platform == "cpu" else {}
     compiled = compile_steps(
         {bucket: runner.lower(bucket) for bucket in buckets.values()},
         compiler_options={**kept, **runner.compiler_options},
