@@ -54,21 +54,25 @@ class Layer:
             "down": spec(None, "experts", "expert_ffn", None),
         }
 
-    def arguments(self, x: np.ndarray, slots: np.ndarray, gates: np.ndarray) -> tuple:
-        """What the dispatch takes, on the mesh."""
-        tokens = self.rules.sharding(self.mesh, "tokens", None)
+    @cached_property
+    def params(self) -> dict[str, jax.Array]:
+        """The weights on the mesh."""
         weights = {"up": self.up, "bias": self.bias, "down": self.down}
-        params = {
+        return {
             name: jax.device_put(
-                jnp.asarray(weight, self.dtype), jax.NamedSharding(self.mesh, self.specs[name])
+                weight.astype(self.dtype), jax.NamedSharding(self.mesh, self.specs[name])
             )
             for name, weight in weights.items()
         }
+
+    def arguments(self, x: np.ndarray, slots: np.ndarray, gates: np.ndarray) -> tuple:
+        """What the dispatch takes, on the mesh."""
+        tokens = self.rules.sharding(self.mesh, "tokens", None)
         placed = [
             jax.device_put(jnp.asarray(array, dtype), tokens)
             for array, dtype in ((x, self.dtype), (slots, jnp.int32), (gates, jnp.float32))
         ]
-        return *placed, params, jnp.int32(1)
+        return *placed, self.params, jnp.int32(1)
 
     def expected(
         self, x: np.ndarray, slots: np.ndarray, gates: np.ndarray, *, scale_inputs: bool = False
