@@ -27,12 +27,12 @@ from llmjax.engine.request import Request
 from llmjax.engine.runner import Runner
 from llmjax.models.registry import find_family
 from llmjax.outputs import Completion, Delta, RequestOutput, describe_logprobs
-from llmjax.plans import resolve
+from llmjax.plans import check_that_it_runs, resolve
 from llmjax.prompts import Prompt, as_batch, encode_prompt, prompt_text
 from llmjax.tokenizer import load_tokenizer
 from llmjax.weights import EMBEDDED_MODEL, open_checkpoint
 from llmjax.weights.model import load_model, random_model
-from meshes import ParallelPlan, PlanError, Rules, make_mesh
+from meshes import ParallelPlan, Rules, make_mesh
 
 
 class LLM:
@@ -313,18 +313,6 @@ class LLM:
             outputs=tuple(one.describe(self.engine.logprobs(one.request)[0]) for one in group),
             num_cached_tokens=first.num_cached,
         )
-
-
-def check_that_it_runs(plan: ParallelPlan) -> None:
-    """Refuses plans that can be laid out and described, but do not run yet.
-
-    Raises:
-        PlanError: the plan has pipeline stages or context ranks.
-    """
-    if plan.pp > 1:
-        raise PlanError(f"pp={plan.pp}: pipeline parallelism does not run yet, use pp=1.")
-    if plan.cp > 1:
-        raise PlanError(f"cp={plan.cp}: context parallelism does not run yet, use cp=1.")
 
 
 def reserve_memory() -> None:

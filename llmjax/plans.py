@@ -56,6 +56,18 @@ def resolve(
     return deployment.plan, options
 
 
+def check_that_it_runs(plan: ParallelPlan) -> None:
+    """Refuses plans that can be laid out, but do not run yet.
+
+    Raises:
+        PlanError: the plan has pipeline stages or context ranks.
+    """
+    if plan.pp > 1:
+        raise PlanError(f"pp={plan.pp}: pipeline parallelism does not run yet, use pp=1.")
+    if plan.cp > 1:
+        raise PlanError(f"cp={plan.cp}: context parallelism does not run yet, use cp=1.")
+
+
 def _rename(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Our names for vLLM's words, without what is None."""
     given: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """A plan as a value: where everything lies and what devices send, to print and to compare."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from llmjax.explore.layout import Layout, TensorLayout, lay_out, read_config
 from llmjax.explore.steps import Step, read_steps
 from llmjax.explore.table import Report, Table
 from llmjax.explore.tables import format_axes, format_bytes, format_shape, format_spec
+from llmjax.plans import check_that_it_runs, resolve
 from meshes import ParallelPlan
 
 WHEN = {"always": "", "branch": "in a branch", "round": "each round"}
@@ -87,7 +89,11 @@ class Description:
 
 
 def describe(
-    plan: ParallelPlan | str | Path, model: str | Path | ModelConfig, **options: Any
+    plan: ParallelPlan | str | Path | None,
+    model: str | Path | ModelConfig,
+    *,
+    allow_unsupported: Sequence[str] = (),
+    **options: Any,
 ) -> Description:
     """Describes a model on a plan: no weights are read, and no device of the plan is needed.
 
@@ -95,17 +101,18 @@ def describe(
     CPU devices in a process beside this one.
 
     Args:
-        plan: a `ParallelPlan`, a YAML file of mesh axes, or a preset's name.
+        plan, allow_unsupported, options: what `LLM` takes. `max_batch_size` and `max_num_tokens`
+            are the sizes of the steps; `dtype` is by default the checkpoint's.
         model: what `LLM` takes, or its configuration.
-        options: see `llmjax.config.EngineConfig`. `max_batch_size` and `max_num_tokens` are the
-            sizes of the steps; `dtype` is by default the checkpoint's.
 
     Raises:
         CheckpointError, ConfigError, PlanError: what was asked for does not exist or does not fit.
     """
-    plan = plan if isinstance(plan, ParallelPlan) else ParallelPlan.from_yaml(plan)
+    plan, given = resolve(plan, options, allow_unsupported=allow_unsupported)
+    engine = EngineConfig.from_keywords(given)
+    check_that_it_runs(plan)
     config = model if isinstance(model, ModelConfig) else read_config(model)
-    engine = EngineConfig.from_keywords(options)
+    plan.check_layers(config.num_layers)
     dtype = engine.dtype or config.dtype
     return Description(
         model=config.architecture if isinstance(model, ModelConfig) else str(model),

@@ -27,7 +27,12 @@ def compile_island(body: Callable[..., Any], *shape: int, out_specs: Any = None)
     whole = jax.ShapeDtypeStruct(
         (8 * shape[0], *shape[1:]), jnp.float32, sharding=NamedSharding(mesh, spec)
     )
-    return jax.jit(run).lower(whole).compile().as_text()
+    return text_of(jax.jit(run).lower(whole))
+
+
+def text_of(lowered: Any) -> str:
+    """The compiled program, as XLA prints it."""
+    return lowered.compile().as_text()
 
 
 @pytest.mark.parametrize(
@@ -74,7 +79,7 @@ def test_a_sum_that_sharding_asks_for_is_found_whatever_xla_calls_its_mesh():
     with jax.set_mesh(mesh):
         x = jax.ShapeDtypeStruct((4, 8), jnp.float32, sharding=_on(mesh, "dp", ("ep", "tp")))
         w = jax.ShapeDtypeStruct((8, 5), jnp.float32, sharding=_on(mesh, ("ep", "tp"), None))
-        program = jax.jit(multiply).lower(x, w).compile().as_text()
+        program = text_of(jax.jit(multiply).lower(x, w))
     (found,) = read_collectives(program, SIZES)
     assert (found.kind, found.axes, found.ranks) == ("all-reduce", ("ep", "tp"), 4)
     assert found.num_bytes == 2 * 5 * 4
@@ -117,14 +122,14 @@ def test_bfloat16_sums_count_16_bits_although_xla_on_cpu_widens_them():
         lambda x: lax.psum(x, "tp"), mesh=mesh, in_specs=spec, out_specs=PartitionSpec()
     )
     x = jax.ShapeDtypeStruct((16,), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
-    program = jax.jit(run).lower(x).compile().as_text()
+    program = text_of(jax.jit(run).lower(x))
     assert "f32[8]" in program, "XLA no longer widens these sums on CPU"
     (found,) = read_collectives(program, SIZES)
     assert found.num_bytes == 8 * 2
 
 
 def test_a_program_of_one_device_sends_nothing():
-    assert read_collectives(jax.jit(jnp.sin).lower(1.0).compile().as_text(), SIZES) == ()
+    assert read_collectives(text_of(jax.jit(jnp.sin).lower(1.0)), SIZES) == ()
 
 
 GPU = """HloModule jit_step
