@@ -6,6 +6,7 @@ the host its views to fill and the step its slices to read.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from typing import Any
 
@@ -85,15 +86,6 @@ def split_fields(row: Any, bucket: Bucket) -> dict[str, Any]:
     return parts
 
 
-def split_works(works: Sequence[Work]) -> tuple[list[Work], list[Work]]:
-    """A batch rank's decode works and its prefill works, which take different rows."""
-    decodes: list[Work] = []
-    prefills: list[Work] = []
-    for work in works:
-        (decodes if work.is_decode else prefills).append(work)
-    return decodes, prefills
-
-
 def pack_schedule(
     schedule: Schedule,
     bucket: Bucket,
@@ -104,32 +96,35 @@ def pack_schedule(
 ) -> Int32[np.ndarray, "ranks numbers"]:
     """Fills a packed row for each batch rank; `sampling_of` gives a request's constant columns."""
     packed = np.zeros((len(schedule.ranks), bucket.num_numbers), np.int32)
-    for rank, works in enumerate(schedule.ranks):
-        parts = split_fields(packed[rank], bucket)
+    for rank, (decodes, prefills) in enumerate(schedule.rows):
+        parts, first_slot = split_fields(packed[rank], bucket), rank * max_batch_size
         for name in ("token_source", "cache_slots", "targets"):
             parts[name].fill(-1)
-        decodes = [work for work in works if work.is_decode]
-        prefills = [work for work in works if not work.is_decode]
-        _pack_decodes(parts, decodes, page_size)
-        _pack_prefills(parts, prefills, bucket, page_size)
-        rows = [*enumerate(decodes), *enumerate(prefills, bucket.decodes)]
-        _pack_sampling(parts["sampling"], rows, rank * max_batch_size, sampling_of)
+        if decodes:
+            _pack_decodes(parts, decodes, page_size)
+            _pack_sampling(parts["sampling"], decodes, first_slot, sampling_of)
+        if prefills:
+            _pack_prefills(parts, prefills, bucket, page_size)
+            rows = parts["sampling"][bucket.decodes :]
+            _pack_sampling(rows, prefills, first_slot, sampling_of)
     return packed
 
 
 def _pack_decodes(parts: dict[str, Any], works: Sequence[Work], page_size: int) -> None:
-    """All decode rows at once: a step may have hundreds, and the devices wait for this."""
+    """All decode rows at once: a step may have hundreds, and writing one number takes as long."""
     count = len(works)
-    if not count:
-        return
-    starts = np.array([work.start for work in works])
-    last_pages = np.array([work.pages[-1] for work in works])
-    for row, work in enumerate(works):
-        parts["page_table"][row, : len(work.pages)] = work.pages
-        if work.token_on_device:
-            parts["token_source"][row] = work.request.slot
-        else:
-            parts["ids"][row] = work.request.token_ids[work.start]
+    starts = np.array([work.start for work in works], np.int32)
+    last_pages = np.array([work.pages[-1] for work in works], np.int32)
+    num_pages = np.array([len(work.pages) for work in works], np.int32)
+    pages = np.fromiter(chain.from_iterable(work.pages for work in works), np.int32)
+    table = parts["page_table"][:count]
+    table[np.arange(table.shape[1]) < num_pages[:, None]] = pages
+    parts["token_source"][:count] = [
+        work.request.slot if work.token_on_device else -1 for work in works
+    ]
+    parts["ids"][:count] = [
+        0 if work.token_on_device else work.request.token_ids[work.start] for work in works
+    ]
     parts["positions"][:count] = starts
     parts["cache_slots"][:count] = last_pages * page_size + starts % page_size
     parts["lengths"][:count] = starts + 1
@@ -165,19 +160,18 @@ def _pack_targets(targets: np.ndarray, work: Work, first: int) -> None:
 
 def _pack_sampling(
     columns: np.ndarray,
-    rows: Sequence[tuple[int, Work]],
+    works: Sequence[Work],
     first_slot: int,
     sampling_of: Callable[[Request], Int32[np.ndarray, " columns"]],
 ) -> None:
     """Says how each row that samples does so; the others stay invalid."""
-    sampling = [(row, work) for row, work in rows if work.samples]
-    if not sampling:
-        return
-    index = [row for row, _ in sampling]
-    columns[index] = [sampling_of(work.request) for _, work in sampling]
-    columns[index, COLUMN["valid"]] = 1
-    columns[index, COLUMN["position"]] = [work.start + work.count for _, work in sampling]
-    columns[index, COLUMN["slot"]] = [first_slot + (work.request.slot or 0) for _, work in sampling]
+    rows = columns[: len(works)]
+    constant = np.concatenate([sampling_of(work.request) for work in works])
+    rows[:] = constant.reshape(rows.shape)
+    rows[:, COLUMN["valid"]] = [work.samples for work in works]
+    rows[:, COLUMN["position"]] = [work.start + work.count for work in works]
+    rows[:, COLUMN["slot"]] = [work.request.slot or 0 for work in works]
+    rows[:, COLUMN["slot"]] += first_slot
 
 
 def sampling_columns(request: Request, *, processors: int) -> Int32[np.ndarray, " columns"]:

@@ -85,6 +85,8 @@ class BlockManager:
 
     def extend(self, pages: list[int], num_tokens: int) -> bool:
         """Grow `pages` in place to hold `num_tokens` positions; False if none can be had."""
+        if num_tokens <= len(pages) * self.page_size:
+            return True
         num_new = self.pages_for(num_tokens) - len(pages)
         if num_new > self.num_available:
             return False

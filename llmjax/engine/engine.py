@@ -1,7 +1,6 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -172,12 +171,13 @@ class Engine:
             )
 
     def _count(self, dispatched: Dispatched) -> None:
-        works = [work for works in dispatched.schedule.ranks for work in works]
-        fed = sum(work.count for work in works)
+        rows = dispatched.schedule.rows
+        prefills = [work for _, works in rows for work in works]
+        fed = sum(len(decodes) for decodes, _ in rows) + sum(work.count for work in prefills)
         self.stats.steps += 1
         self.stats.tokens += fed
         self.stats.padded_tokens += dispatched.bucket.tokens * self.runner.num_ranks - fed
-        self.stats.chunked_prefills += sum(not work.samples for work in works)
+        self.stats.chunked_prefills += sum(not work.samples for work in prefills)
 
     def _read_oldest(self) -> list[Request]:
         updated = self._read(self._in_flight[0])
@@ -187,25 +187,28 @@ class Engine:
 
     def _read(self, dispatched: Dispatched) -> list[Request]:
         """Waits for a step's tokens and hands them to the scheduler."""
-        rows = dict(_rows(dispatched))
-        tokens = np.asarray(dispatched.output.sampled.tokens)
+        tokens = np.asarray(dispatched.output.sampled.tokens).tolist()
         self._collect_prompts(dispatched)
-        sampled = {work.request.id: int(tokens[row]) for row, work in rows.items() if work.samples}
+        sampled = {
+            work.request.id: token
+            for first, works in _rows(dispatched)
+            for work, token in zip(works, tokens[first:], strict=False)
+            if work.samples
+        }
         updated = self.scheduler.retire(dispatched.schedule, sampled)
-        self._collect_generated(dispatched, rows, updated)
+        self._collect_generated(dispatched, updated)
         return updated
 
-    def _collect_generated(
-        self, dispatched: Dispatched, rows: Mapping[int, Work], updated: list[Request]
-    ) -> None:
+    def _collect_generated(self, dispatched: Dispatched, updated: list[Request]) -> None:
         wanting = {request.id for request in updated if request.params.logprobs is not None}
         if not wanting:
             return
         sampled = [np.asarray(part) for part in dispatched.output.sampled]
-        for row, work in rows.items():
-            if work.samples and work.request.id in wanting:
-                entry = _entry(sampled, row, work.request.params.logprobs)
-                self._collected[work.request.id].generated.append(entry)
+        for first, works in _rows(dispatched):
+            for row, work in enumerate(works, first):
+                if work.samples and work.request.id in wanting:
+                    entry = _entry(sampled, row, work.request.params.logprobs)
+                    self._collected[work.request.id].generated.append(entry)
 
     def _collect_prompts(self, dispatched: Dispatched) -> None:
         scores = dispatched.output.prompt
@@ -227,27 +230,23 @@ class Engine:
                     collected.append(_entry(scored, first + offset, wanted))
 
 
-def _rows(dispatched: Dispatched) -> list[tuple[int, Work]]:
-    """Row of the step's output -> the work that it belongs to."""
-    bucket, rows = dispatched.bucket, []
-    for rank, works in enumerate(dispatched.schedule.ranks):
-        decodes = [work for work in works if work.is_decode]
-        prefills = [work for work in works if not work.is_decode]
+def _rows(dispatched: Dispatched) -> list[tuple[int, list[Work]]]:
+    """First row in the step's output of works whose rows follow each other, and the works."""
+    bucket, groups = dispatched.bucket, []
+    for rank, (decodes, prefills) in enumerate(dispatched.schedule.rows):
         first = rank * bucket.rows
-        rows += enumerate(decodes, first)
-        rows += enumerate(prefills, first + bucket.decodes)
-    return rows
+        groups += [(first, decodes), (first + bucket.decodes, prefills)]
+    return groups
 
 
 def _prefill_places(dispatched: Dispatched) -> list[tuple[int, Work]]:
     """First token of each prefill in the step's tokens, and its work."""
     bucket, places = dispatched.bucket, []
-    for rank, works in enumerate(dispatched.schedule.ranks):
+    for rank, (_, prefills) in enumerate(dispatched.schedule.rows):
         first = rank * bucket.tokens + bucket.decodes
-        for work in works:
-            if not work.is_decode:
-                places.append((first, work))
-                first += work.count
+        for work in prefills:
+            places.append((first, work))
+            first += work.count
     return places
 
 

@@ -29,6 +29,7 @@ class Request:
     seed: int = 0
     """32 bits that the noise of its samples is drawn from."""
 
+    num_prompt: int = field(init=False)
     token_ids: list[int] = field(init=False)
     """The prompt and every sampled token that the host has read."""
     status: RequestStatus = field(default=RequestStatus.WAITING, init=False)
@@ -54,11 +55,12 @@ class Request:
     num_preemptions: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self.num_prompt = len(self.prompt_ids)
         self.token_ids = list(self.prompt_ids)
 
     @property
     def output_ids(self) -> list[int]:
-        return self.token_ids[len(self.prompt_ids) :]
+        return self.token_ids[self.num_prompt :]
 
     @property
     def num_tokens(self) -> int:
@@ -66,12 +68,12 @@ class Request:
 
     @property
     def num_outputs(self) -> int:
-        return len(self.token_ids) - len(self.prompt_ids)
+        return len(self.token_ids) - self.num_prompt
 
     @property
     def num_uncomputed(self) -> int:
         """Tokens still to be fed, counting those that only the device knows."""
-        return self.num_tokens + self.pending_samples - self.num_computed
+        return len(self.token_ids) + self.pending_samples - self.num_computed
 
     @property
     def is_finished(self) -> bool:
@@ -80,7 +82,8 @@ class Request:
     @property
     def wants_tokens(self) -> bool:
         """Whether a sample may be added to those read and those still on the device."""
-        return not self.is_finished and self.num_outputs + self.pending_samples < self.max_tokens
+        num_outputs = len(self.token_ids) - self.num_prompt + self.pending_samples
+        return num_outputs < self.max_tokens and self.status is not RequestStatus.FINISHED
 
     def append(self, token: int) -> None:
         """Add a sampled token, and note whether it ends the request."""

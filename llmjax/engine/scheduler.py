@@ -6,6 +6,7 @@ then its pages and slots stay where they are, whatever becomes of its requests.
 
 import bisect
 import hashlib
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -40,6 +41,16 @@ class _RankStep:
     prefill_budget: int
     decodes: list[Work] = field(default_factory=list)
     prefills: list[Work] = field(default_factory=list)
+
+    def decode(self, request: Request) -> None:
+        """Schedule the one token that is not computed yet, the last of the request's pages."""
+        start = request.num_computed
+        on_device = start >= len(request.token_ids)
+        self.decodes.append(Work(request, start, 1, True, tuple(request.pages), on_device))
+        self.token_budget -= 1
+        request.num_computed += 1
+        request.in_flight += 1
+        request.pending_samples += 1
 
     def add(self, request: Request) -> None:
         """Schedule as many of the request's next tokens as the budget allows."""
@@ -181,10 +192,10 @@ class Scheduler:
         for request in list(step.rank.running):
             if step.token_budget == 0:
                 return
-            if not (request.status is RequestStatus.RUNNING and request.wants_tokens):
+            if request.status is not RequestStatus.RUNNING or request.num_uncomputed != 1:
                 continue
-            if request.num_uncomputed == 1 and self._reserve_next_page(request, step.rank):
-                step.add(request)
+            if request.wants_tokens and self._reserve_next_page(request, step.rank):
+                step.decode(request)
 
     def _schedule_chunks(self, step: _RankStep) -> None:
         for request in step.rank.running:
@@ -275,7 +286,7 @@ class Scheduler:
 
     def _retire_work(self, work: Work, tokens: Mapping[int, int]) -> bool:
         """Settle one request's part of a step; whether the request got a token."""
-        request = work.request
+        request, pages = work.request, work.pages
         rank = self._rank_of(request)
         request.in_flight -= 1
         request.pending_samples -= work.samples
@@ -284,12 +295,11 @@ class Scheduler:
         if got_token:
             request.append(tokens[request.id])
         # A dropped token may have been fed already: what lies past the end is never reused.
-        num_computed = min(work.start + work.count, request.num_tokens)
-        rank.blocks.commit(request.token_ids, request.pages, num_computed)
-        if request in rank.draining:
-            if request.in_flight == 0:
-                rank.draining.remove(request)
-                self._release(request, rank)
+        num_computed = min(work.start + work.count, len(request.token_ids))
+        rank.blocks.commit(request.token_ids, pages, num_computed)
+        if rank.draining and request.in_flight == 0 and request in rank.draining:
+            rank.draining.remove(request)
+            self._release(request, rank)
         if got_token and request.is_finished:
             self._remove_finished(request, was_running=was_running)
         return got_token
@@ -348,12 +358,12 @@ class Scheduler:
             )
 
     def _record(self, schedule: Schedule) -> None:
-        works = [
-            (work.request.id, work.request.slot, work.start, work.count, work.pages[-1])
-            for works in schedule.ranks
-            for work in works
-        ]
-        self._digest.update(repr((schedule.index, works)).encode())
+        numbers = [schedule.index]
+        for works in schedule.ranks:
+            numbers.append(len(works))
+            for request, start, count, _, pages, _ in works:
+                numbers += (request.id, request.slot or 0, start, count, pages[-1])
+        self._digest.update(struct.pack(f"<{len(numbers)}q", *numbers))
 
 
 def _arrival(request: Request) -> int:
