@@ -5,6 +5,7 @@ import io
 import os
 import sys
 import time
+from dataclasses import asdict
 from typing import Annotated, Any, NoReturn
 
 import jax
@@ -51,52 +52,30 @@ def root(
 
 
 @app.command()
+@options.grouped
 def generate(
     prompts: Annotated[
         list[str], typer.Argument(help="Texts to answer or to continue; - reads standard input.")
     ],
+    sampling: options.Sampling,
+    layout: options.Layout,
+    limits: options.Limits,
+    devices: options.Devices,
     model: options.Model = "smollm2-135m-instruct",
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text; without it, chat with the model.")
     ] = False,
     max_tokens: options.MaxTokens = 256,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    tp: options.Tp = None,
-    dp: options.Dp = None,
-    attention_dp: options.AttentionDp = None,
-    plan: options.Plan = None,
-    virtual_devices: options.VirtualDevices = None,
-    dtype: options.Dtype = "auto",
-    max_seq_len: options.MaxSeqLen = None,
-    coordinator: options.Coordinator = None,
-    num_hosts: options.NumHosts = 1,
-    host_id: options.HostId = 0,
-    verbose: options.Verbose = False,
 ) -> None:
     """Generates text from prompts: one is printed as it comes, several when all are done."""
-    start(virtual_devices, coordinator, num_hosts, host_id, verbose=verbose)
+    start(**asdict(devices))
     texts = [read_stdin() if prompt == "-" else prompt for prompt in prompts]
     session = Session(
         model,
-        sampling=dict(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop,
-        ),
-        plan=plan,
-        tensor_parallel_size=tp,
-        data_parallel_size=dp,
-        enable_attention_dp=attention_dp,
-        dtype=dtype,
-        max_seq_len=max_seq_len,
-        max_batch_size=min(len(prompts), 8),
+        sampling=asdict(sampling) | {"max_tokens": max_tokens},
+        layout=layout,
+        limits=limits,
+        usual_batch_size=min(len(prompts), 8),
     )
     tokenizer = session.llm.tokenizer
     chats = not raw and tokenizer is not None and tokenizer.has_chat_template
@@ -117,46 +96,24 @@ def generate(
 
 
 @app.command()
+@options.grouped
 def chat(
+    sampling: options.Sampling,
+    layout: options.Layout,
+    limits: options.Limits,
+    devices: options.Devices,
     model: options.Model = "smollm2-135m-instruct",
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     max_tokens: options.MaxTokens = 512,
-    temperature: options.Temperature = None,
-    top_p: options.TopP = None,
-    top_k: options.TopK = None,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    tp: options.Tp = None,
-    dp: options.Dp = None,
-    attention_dp: options.AttentionDp = None,
-    plan: options.Plan = None,
-    virtual_devices: options.VirtualDevices = None,
-    dtype: options.Dtype = "auto",
-    max_seq_len: options.MaxSeqLen = None,
-    coordinator: options.Coordinator = None,
-    num_hosts: options.NumHosts = 1,
-    host_id: options.HostId = 0,
-    verbose: options.Verbose = False,
 ) -> None:
     """Holds a conversation; an empty line or the end of the input ends it."""
-    start(virtual_devices, coordinator, num_hosts, host_id, verbose=verbose)
+    start(**asdict(devices))
     session = Session(
         model,
-        sampling=dict(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop,
-        ),
-        plan=plan,
-        tensor_parallel_size=tp,
-        data_parallel_size=dp,
-        enable_attention_dp=attention_dp,
-        dtype=dtype,
-        max_seq_len=max_seq_len,
-        max_batch_size=1,
+        sampling=asdict(sampling) | {"max_tokens": max_tokens},
+        layout=layout,
+        limits=limits,
+        usual_batch_size=1,
     )
     messages = [{"role": "system", "content": system}] if system else []
     while text := read_turn():

@@ -1,8 +1,14 @@
-"""Options that several commands take, each with its help."""
+"""Options that several commands take, each with its help, and groups of them."""
 
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Annotated, Any
 
 import typer
+
+from llmjax.config import DISPATCHES
 
 LAYOUT, SAMPLING, PROCESSES = "Layout", "Sampling", "Several processes"
 
@@ -41,15 +47,46 @@ AttentionDp = Annotated[
         rich_help_panel=LAYOUT,
     ),
 ]
+Ep = Annotated[
+    int | None,
+    typer.Option("--ep", help="Expert parallel ranks; they divide --tp.", rich_help_panel=LAYOUT),
+]
+MoeTp = Annotated[
+    int | None,
+    typer.Option("--moe-tp", help="Ranks inside each expert: --tp / --ep.", rich_help_panel=LAYOUT),
+]
+Cp = Annotated[int | None, typer.Option("--cp", help="Context ranks.", rich_help_panel=LAYOUT)]
+Pp = Annotated[int | None, typer.Option("--pp", help="Pipeline stages.", rich_help_panel=LAYOUT)]
+Dispatch = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How tokens reach their experts: auto, {', '.join(DISPATCHES)}.",
+        rich_help_panel=LAYOUT,
+    ),
+]
 Plan = Annotated[
     str | None,
-    typer.Option(help="YAML file of mesh axes, or a preset's name.", rich_help_panel=LAYOUT),
+    typer.Option(
+        "--plan",
+        "--config",
+        help="YAML file of mesh axes or of TensorRT-LLM's keys, or a preset's name. "
+        "Other options beat it.",
+        rich_help_panel=LAYOUT,
+    ),
+]
+AllowUnsupported = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY",
+        help="Drop this key of the file, which would be refused; may be repeated.",
+        rich_help_panel=LAYOUT,
+    ),
 ]
 VirtualDevices = Annotated[
     int | None,
     typer.Option(min=1, help="Use this many virtual CPU devices.", rich_help_panel=LAYOUT),
 ]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")]
 MaxSeqLen = Annotated[int | None, typer.Option(help="Prompt and generated tokens of a request.")]
 Coordinator = Annotated[
     str | None, typer.Option(help="Address and port of process 0.", rich_help_panel=PROCESSES)
@@ -59,3 +96,85 @@ HostId = Annotated[
     int, typer.Option(help="Number of this process, from 0.", rich_help_panel=PROCESSES)
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what happens.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen; None leaves it to the checkpoint."""
+
+    temperature: Temperature = None
+    top_p: TopP = None
+    top_k: TopK = None
+    seed: Seed = None
+    stop: Stop = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where the model lies: a file, and sizes that beat it."""
+
+    tp: Tp = None
+    ep: Ep = None
+    moe_tp: MoeTp = None
+    dp: Dp = None
+    cp: Cp = None
+    pp: Pp = None
+    attention_dp: AttentionDp = None
+    dispatch: Dispatch = None
+    plan: Plan = None
+    allow_unsupported: AllowUnsupported = None
+
+    def keywords(self) -> dict[str, Any]:
+        """The sizes under TensorRT-LLM's names, as `LLM` takes them."""
+        return dict(
+            tensor_parallel_size=self.tp,
+            moe_expert_parallel_size=self.ep,
+            moe_tensor_parallel_size=self.moe_tp,
+            data_parallel_size=self.dp,
+            context_parallel_size=self.cp,
+            pipeline_parallel_size=self.pp,
+            enable_attention_dp=self.attention_dp,
+            moe_dispatch=self.dispatch,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What the engine is built for."""
+
+    dtype: Dtype = None
+    max_seq_len: MaxSeqLen = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Devices:
+    """Devices and processes of the run, in the words of `session.start`."""
+
+    virtual_devices: VirtualDevices = None
+    coordinator: Coordinator = None
+    num_hosts: NumHosts = 1
+    host_id: HostId = 0
+    verbose: Verbose = False
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Makes an option of each field of a command's parameters that are dataclasses."""
+    signature = inspect.signature(command)
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for name, parameter in signature.parameters.items():
+        group = parameter.annotation
+        if isinstance(group, type) and is_dataclass(group):
+            groups[name] = group
+            parameters += inspect.signature(group).parameters.values()
+        else:
+            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        for name, group in groups.items():
+            values[name] = group(**{field.name: values.pop(field.name) for field in fields(group)})
+        command(**values)
+
+    run.__dict__["__signature__"] = signature.replace(parameters=parameters)
+    return run

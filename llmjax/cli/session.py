@@ -5,13 +5,15 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import jax
 
 from llmjax import LLM, ConfigError, SamplingParams
+from llmjax.cli.options import Layout, Limits
 from llmjax.distributed import broadcast, initialize
+from llmjax.plans import resolve
 
 UNASKED_TEMPERATURE = 0.7
 """Where neither the user nor the checkpoint names one."""
@@ -20,11 +22,25 @@ UNASKED_TEMPERATURE = 0.7
 class Session:
     """A model, how it samples, and whether this process speaks for the run."""
 
-    def __init__(self, model: str, *, sampling: Mapping[str, Any], **engine_options: Any):
+    def __init__(
+        self,
+        model: str,
+        *,
+        sampling: Mapping[str, Any],
+        layout: Layout,
+        limits: Limits,
+        usual_batch_size: int,
+    ):
         given = {key: value for key, value in sampling.items() if value is not None}
         # Bad values are refused before the model is loaded.
         SamplingParams(**given)
-        self.llm = LLM(model, **engine_options)
+        plan, engine_options = resolve(
+            layout.plan,
+            layout.keywords() | asdict(limits),
+            allow_unsupported=layout.allow_unsupported or (),
+        )
+        engine_options.setdefault("max_batch_size", usual_batch_size)
+        self.llm = LLM(model, plan=plan, **engine_options)
         recommended = self.llm.get_default_sampling_params()
         if recommended == SamplingParams():
             recommended = replace(recommended, temperature=UNASKED_TEMPERATURE)
