@@ -8,13 +8,13 @@ from jax.extend import backend
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
-from pallas_kernels.paged_attention import decode_sm90
-from pallas_kernels.paged_attention.configs import decode_config
+from pallas_kernels.paged_attention import decode_sm90, prefill_sm90
+from pallas_kernels.paged_attention.configs import decode_config, prefill_config
 from pallas_kernels.reference import write_pages
 
 __all__ = ["paged_attention", "write_pages"]
 
-IMPLEMENTATIONS = ("decode_sm90", "reference")
+IMPLEMENTATIONS = ("decode_sm90", "prefill_sm90", "reference")
 
 
 def paged_attention(
@@ -40,57 +40,80 @@ def paged_attention(
     sees the last w positions, 0 or None all. Queries outside every row give 0, and -inf as
     log-sum-exp. With `max_query_length=1` and as many queries as rows, row r owns query r.
 
-    `implementation=None` takes the Hopper decode kernel where it can run, else the XLA reference.
-    Naming one raises NotImplementedError for what it does not cover.
+    `implementation=None` takes the Hopper kernel for one query a row or for many where it can run,
+    else the XLA reference. Naming one raises NotImplementedError for what it does not cover.
     """
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation={implementation!r} does not exist; use None or one of "
             f"{', '.join(IMPLEMENTATIONS)}"
         )
+    ragged = (layer, page_table, query_start, lengths)
     options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)
     if implementation != "reference":
-        device = backend.get_default_device()
+        one_each = max_query_length == 1 and q.shape[0] == lengths.shape[0]
+        name = implementation or ("decode_sm90" if one_each else "prefill_sm90")
         try:
-            _check_decode(device, q.shape[0], lengths.shape[0], max_query_length)
-            config = decode_config(
-                heads=q.shape[1],
-                kv_heads=k_pages.shape[3],
-                d=q.shape[2],
-                dv=v_pages.shape[4],
-                num_sms=device.core_count,
-            )
-            decoded = decode_sm90.paged_decode(
-                q, k_pages, v_pages, layer, page_table, lengths, **options, config=config
-            )
+            device = _hopper_device()
+            if name == "prefill_sm90":
+                attended = _prefill(device, q, k_pages, v_pages, *ragged, options)
+            elif one_each:
+                attended = _decode(device, q, k_pages, v_pages, *ragged, options)
+            else:
+                raise NotImplementedError(
+                    f"takes one query a row, got {q.shape[0]} queries in {lengths.shape[0]} rows "
+                    f"of up to {max_query_length}"
+                )
         except NotImplementedError as error:
             if implementation is not None:
                 raise
             _log_pick("reference", str(error))
         else:
-            _log_pick("decode_sm90", f"on {device.device_kind}")
-            return decoded
+            _log_pick(name, f"on {device.device_kind}")
+            return attended
     return reference.paged_attention(
-        q,
-        k_pages,
-        v_pages,
-        layer,
-        page_table,
-        query_start,
-        lengths,
-        max_query_length=max_query_length,
-        **options,
+        q, k_pages, v_pages, *ragged, max_query_length=max_query_length, **options
     )
 
 
-def _check_decode(device: Any, tokens: int, rows: int, max_query_length: int) -> None:
+def _hopper_device() -> Any:
+    """Returns the device that programs run on. Raises NotImplementedError for any other kind."""
+    device = backend.get_default_device()
     if device.platform != "gpu" or not device.compute_capability.startswith("9."):
         raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
-    if max_query_length != 1 or tokens != rows:
-        raise NotImplementedError(
-            f"takes one query a row, got {tokens} queries in {rows} rows of up to "
-            f"{max_query_length}"
-        )
+    return device
+
+
+def _decode(
+    device: Any,
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    layer: Array | int,
+    page_table: Array,
+    query_start: Array,
+    lengths: Array,
+    options: dict[str, Any],
+) -> tuple[Array, Array]:
+    del query_start  # Row r owns query r.
+    config = decode_config(
+        heads=q.shape[1],
+        kv_heads=k_pages.shape[3],
+        d=q.shape[2],
+        dv=v_pages.shape[4],
+        num_sms=device.core_count,
+    )
+    return decode_sm90.paged_decode(
+        q, k_pages, v_pages, layer, page_table, lengths, **options, config=config
+    )
+
+
+def _prefill(
+    device: Any, q: Array, k_pages: Array, v_pages: Array, *ragged: Any
+) -> tuple[Array, Array]:
+    *ragged, options = ragged
+    config = prefill_config(d=q.shape[2], dv=v_pages.shape[4], num_sms=device.core_count)
+    return prefill_sm90.paged_prefill(q, k_pages, v_pages, *ragged, **options, config=config)
 
 
 @functools.cache

@@ -21,7 +21,6 @@ from pallas_kernels.paged_attention.prefill_store import EIGHT_ROWS, store_regis
 from pallas_kernels.paged_attention.prefill_walk import Item, for_each_item
 
 
-
 def load_items(shape: PrefillShape, refs: PrefillRefs) -> None:
     """Copies the queries, keys and values of the block's items to shared memory."""
     pool_start = refs.layer[0] * (shape.pages * shape.page)

@@ -86,3 +86,134 @@ def test_prefill_kernel_agrees_with_float32_and_has_no_race():
     case = prefill_case([(70, 13), (0, 1), (0, 70), (15, 1)], spare=7)
     assert_equal_attention(prefill(case), expected(case))
     assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": jnp.int32(40)},
+        {"window": 5, "soft_cap": 2.0, "sinks": jnp.asarray([-2.0, 9.0])},
+        {"window": jnp.int32(0)},
+    ],
+    ids=["window", "all", "no window"],
+)
+def test_prefill_kernel_knows_every_option_of_the_reference(options):
+    case = prefill_case([(90, 9), (0, 3)], spare=4)
+    assert_equal_attention(prefill(case, **options), expected(case, **options))
+
+
+@pytest.mark.parametrize("page", [32, 128])
+def test_prefill_kernel_reads_pages_of_every_size(page):
+    case = prefill_case([(page - 3, 2), (page - 2, 2), (page - 1, 2)], page=page)
+    assert_equal_attention(prefill(case), expected(case))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(heads=3), dict(heads=4, kv_heads=2, d=128, dv=192)],
+    ids=str,
+)
+def test_prefill_kernel_takes_any_group_and_head_dimension(sizes):
+    case = prefill_case([(3, 70), (20, 10)], **sizes)
+    assert_equal_attention(prefill(case), expected(case))
+
+
+def test_blocks_share_the_items_of_a_batch():
+    case = prefill_case([(0, 70), (30, 3), (0, 1)], heads=4)
+    config = PrefillConfig(blocks=3, kv_block=64, stages=2, in_registers=False)
+    assert_equal_attention(prefill(case, config=config), expected(case))
+
+
+def test_pages_below_the_window_of_all_queries_are_not_read():
+    case = prefill_case([(140, 10)])
+    # The first query stands at 140 and sees from 121 on, in the eighth page.
+    table = case[4].at[0, :7].set(NO_PAGE)
+    got = prefill((*case[:4], table, *case[5:]), window=jnp.int32(20))
+    assert_equal_attention(got, expected(case, window=20))
+
+
+def test_a_row_without_positions_gives_zeros():
+    q, k_pages, v_pages, layer, table, start, lengths = prefill_case([(0, 5), (4, 6)])
+    case = q, k_pages, v_pages, layer, table, start, lengths.at[0].set(0)
+    out, lse = prefill(case)
+    assert_equal_attention((out, lse), expected(case))
+    assert not np.any(np.asarray(out[:5], np.float32)) and np.all(np.isneginf(lse[:5]))
+
+
+def test_tiles_cover_every_token_once_and_the_most_expensive_comes_first():
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        queries, cached = rng.integers(0, 90, 6), rng.integers(0, 300, 6)
+        start = np.concatenate([[0], np.cumsum(queries)]) + 3
+        tokens = int(start[-1]) + 20
+        plan = plan_tiles(
+            jnp.asarray(start), jnp.asarray(cached + queries), None,
+            tokens=tokens, tile_tokens=64, kv_block=128, kv_alignment=16,
+        )  # fmt: skip
+        tiles = [Tile(*fields) for fields in np.asarray(plan.tiles)[: int(plan.count[0])]]
+        owned = np.concatenate([np.arange(tile.begin, tile.end) for tile in tiles])
+        assert sorted(owned) == list(range(tokens))
+        costs = [tile.kv_tiles for tile in tiles]
+        assert costs == sorted(costs, reverse=True) and costs[0] > 0
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, d, page",
+    [(32, 8, 128, 64), (64, 8, 64, 16), (16, 16, 128, 128), (16, 8, 256, 64)],
+)
+def test_every_shipped_configuration_lowers_for_cuda(heads, kv_heads, d, page):
+    config = prefill_config(d=d, dv=d, num_sms=132)
+    run = functools.partial(prefill_sm90.paged_prefill, scale=d**-0.5, config=config)
+    pages = jax.ShapeDtypeStruct((2, 100, page, kv_heads, d), jnp.bfloat16)
+    arguments = (
+        jax.ShapeDtypeStruct((100, heads, d), jnp.bfloat16),
+        pages,
+        pages,
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((4, 10), jnp.int32),
+        jax.ShapeDtypeStruct((5,), jnp.int32),
+        jax.ShapeDtypeStruct((4,), jnp.int32),
+    )
+    lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        (dict(d=80), "head dimensions 80 and 64; it takes multiples of 64 up to 256"),
+        (dict(page=24), "pages of 24; it takes powers of 2 from 16 on"),
+    ],
+)
+def test_prefill_kernel_says_what_it_does_not_cover(sizes, message):
+    with pytest.raises(NotImplementedError, match=message):
+        prefill(prefill_case([(0, 3)], **sizes))
+
+
+def test_a_machine_without_a_hopper_gpu_runs_the_reference():
+    case = prefill_case([(20, 3), (0, 5)])
+    *operands, table, start, lengths = case
+    arguments = *operands, jnp.where(table == NO_PAGE, 0, table), start, lengths
+    run = functools.partial(pallas_kernels.paged_attention, scale=0.125, max_query_length=5)
+    want = reference.paged_attention(*arguments, scale=0.125, max_query_length=5)
+    np.testing.assert_array_equal(run(*arguments)[0], want[0])
+    with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
+        run(*arguments, implementation="prefill_sm90")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "heads, kv_heads, d, page", [(8, 2, 128, 64), (8, 2, 64, 16), (3, 3, 128, 128), (4, 2, 256, 64)]
+)
+def test_prefill_kernel_agrees_with_float32_on_the_gpu(heads, kv_heads, d, page):
+    rng = np.random.default_rng()
+    rows = [(int(cached), int(count)) for cached, count in rng.integers(1, 500, (4, 2))]
+    rows += [(0, 1), (page, page), (0, page + 1), (3 * page - 1, 1), (1000, 300)]
+    case = prefill_case(rows, spare=37, heads=heads, kv_heads=kv_heads, d=d, dv=d, page=page)
+    options = {}
+    if heads == 3:
+        options = dict(window=jnp.int32(77), soft_cap=3.0, sinks=jnp.asarray([-2.0, 0.0, 4.0]))
+    run = functools.partial(pallas_kernels.paged_attention, implementation="prefill_sm90")
+    run = functools.partial(run, scale=0.125, max_query_length=500, **options)
+    with jax.default_matmul_precision("highest"):
+        assert_equal_attention(jax.jit(run)(*case), expected(case, **options))

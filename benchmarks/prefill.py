@@ -1,0 +1,284 @@
+"""Prefill over pages at the prompt lengths of serving, ours beside contiguous contenders.
+
+Pages lie anywhere in a pool. The contenders know no pages: they read keys and values that lie in
+one piece, and pad ragged rows to the longest. Outputs of some queries are compared with float64
+after the memory they will land in was filled with NaN, and must be finite everywhere. FLOPs are
+those that causal queries need.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+from benchmarks import timing
+from pallas_kernels.paged_attention import configs, prefill_sm90
+from pallas_kernels.paged_attention.prefill_shape import PrefillConfig
+
+PICKED = 4
+"""Queries of the first and of the last row that are compared."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One prefill step of one layer."""
+
+    name: str
+    queries: tuple[int, ...]
+    """New tokens of each row."""
+    cached: int = 0
+    """Tokens before them, in each row."""
+    page: int = 64
+    heads: int = 32
+    kv_heads: int = 8
+    d: int = 128
+    window: int | None = None
+
+    @property
+    def distribution(self) -> str:
+        return f"{self.heads}/{self.kv_heads} heads of {self.d}, page {self.page}"
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.queries)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(self.cached + count for count in self.queries)
+
+    @property
+    def width(self) -> int:
+        return -(-max(self.lengths) // self.page)
+
+    def seen(self) -> float:
+        """Positions that all queries see."""
+        window = self.window or 2**30
+        rows = (np.arange(n - q, n) + 1 for n, q in zip(self.lengths, self.queries, strict=True))
+        return float(sum(np.minimum(row, window).sum() for row in rows))
+
+    def flops(self) -> float:
+        return 4 * self.seen() * self.heads * self.d
+
+    def bytes(self) -> float:
+        """Bytes of keys, values, queries and outputs, each once."""
+        return 4.0 * self.d * (sum(self.lengths) * self.kv_heads + self.tokens * self.heads)
+
+    def arguments(self) -> list[jax.ShapeDtypeStruct]:
+        rows = len(self.queries)
+        pages = (1, rows * self.width, self.page, self.kv_heads, self.d)
+        pool = jax.ShapeDtypeStruct(pages, jnp.bfloat16)
+        return [
+            jax.ShapeDtypeStruct((self.tokens, self.heads, self.d), jnp.bfloat16),
+            pool,
+            pool,
+            jax.ShapeDtypeStruct((rows, self.width), jnp.int32),
+            jax.ShapeDtypeStruct((rows + 1,), jnp.int32),
+            jax.ShapeDtypeStruct((rows,), jnp.int32),
+        ]
+
+
+RAGGED = (819, 3628, 1337, 2501, 3001, 1999, 2877, 1111)
+SHAPES = (
+    Shape(name="1 x 4k", queries=(4096,)),
+    Shape(name="1 x 32k", queries=(32768,)),
+    Shape(name="8 x 4k", queries=(4096,) * 8),
+    Shape(name="8 ragged, 819 to 3628", queries=RAGGED),
+    Shape(name="512 over 32k", queries=(512,), cached=32768),
+    Shape(name="4 x 512 over 32k", queries=(512,) * 4, cached=32768),
+    Shape(name="16 x 512", queries=(512,) * 16),
+    Shape(name="8 x 4k", queries=(4096,) * 8, page=16),
+    Shape(name="8 x 4k", queries=(4096,) * 8, page=128),
+    Shape(name="8 x 4k", queries=(4096,) * 8, heads=64, d=64),
+    Shape(name="8 x 4k", queries=(4096,) * 8, heads=16, d=256),
+    Shape(name="1 x 32k, window 4096", queries=(32768,), window=4096),
+)
+TUNED = SHAPES[:3]
+CANDIDATES = (PrefillConfig(blocks=132, kv_block=64, stages=4),)
+"""What the tuner tries."""
+
+
+def _ours(shape: Shape, config: PrefillConfig) -> Callable:
+    def run(q, k_pages, v_pages, table, start, lengths):
+        return prefill_sm90.paged_prefill(
+            q, k_pages, v_pages, 0, table, start, lengths,
+            scale=shape.d**-0.5, window=shape.window, config=config,
+        )[0]  # fmt: skip
+
+    return run
+
+
+def programs(shape: Shape, *, tune: bool, num_sms: int) -> Iterator[tuple[str, Callable]]:
+    """Name and function of each of our configurations; `llmjax` is what ships."""
+    shipped = configs.prefill_config(d=shape.d, dv=shape.d, num_sms=num_sms)
+    yield "llmjax", _ours(shape, shipped)
+    for config in CANDIDATES if tune and shape in TUNED else ():
+        yield f"llmjax, {config.kv_block} x {config.stages}", _ours(shape, config)
+
+
+def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
+    """Writes our programs into a folder; those of others need a GPU to lower."""
+    for index, shape in enumerate(SHAPES):
+        for name, function in programs(shape, tune=tune, num_sms=num_sms):
+            path = folder / f"{index:02d}~{name}.bin"
+            if not path.exists():
+                path.write_bytes(timing.lower_program(function, shape.arguments()))
+
+
+def compile_all(folder: Path) -> dict[tuple[int, str], jax.stages.Compiled | Exception]:
+    """Compiles every program side by side, by number of the shape and name."""
+    jobs: dict[tuple[int, str], Callable[[], jax.stages.Compiled]] = {}
+    for path in sorted(folder.glob("*.bin")):
+        index, name = path.stem.split("~")
+        jobs[int(index), name] = functools.partial(timing.compile_program, path)
+    for index, shape in enumerate(SHAPES):
+        # Pages make no difference to those who know none, and only ours masks what is cached.
+        if shape.page == 64 and not shape.cached and not shape.window:
+            jobs[index, "cuDNN"] = functools.partial(_compile_padded, shape, _cudnn)
+            if len(set(shape.queries)) == 1:
+                jobs[index, "JAX attention_mgpu"] = functools.partial(
+                    _compile_padded, shape, _jax_own, jnp.float16
+                )
+    with ThreadPoolExecutor(16) as pool:
+        return dict(zip(jobs, pool.map(_attempt, jobs.values()), strict=True))
+
+
+def _attempt(job: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled | Exception:
+    try:
+        return job()
+    except Exception as error:  # A contender that does not compile is a row, not the end.
+        return error
+
+
+def _cudnn(shape: Shape, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
+    ragged = {}
+    if len(set(shape.queries)) > 1:
+        ragged = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn", **ragged)
+
+
+def _jax_own(
+    shape: Shape, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array
+) -> jax.Array:
+    del lengths
+    block_kv = 128 if shape.d <= 128 else 64
+    config = attention_mgpu.TuningConfig(
+        block_q=64, block_kv=block_kv, max_concurrent_steps=2, causal=True
+    )
+    return attention_mgpu.attention(q, k, v, config)
+
+
+def _compile_padded(shape: Shape, run: Callable, dtype=jnp.bfloat16) -> jax.stages.Compiled:
+    rows, longest = len(shape.queries), max(shape.queries)
+    q = jax.ShapeDtypeStruct((rows, longest, shape.heads, shape.d), dtype)
+    k = jax.ShapeDtypeStruct((rows, longest, shape.kv_heads, shape.d), dtype)
+    lengths = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    return jax.jit(functools.partial(run, shape)).lower(q, k, k, lengths).compile()
+
+
+def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list[dict]:
+    """A row for every program, while time is left."""
+    deadline = time.monotonic() + seconds
+    rows = []
+    for index, shape in enumerate(SHAPES):
+        for name, program in [(n, p) for (i, n), p in compiled.items() if i == index]:
+            if time.monotonic() < deadline:
+                rows.append(_measure_program(shape, name, program, limits))
+                print(*rows[-1].values(), flush=True)
+    return rows
+
+
+def _measure_program(shape: Shape, name: str, program, limits: dict[str, float]) -> dict:
+    row: dict = {"shape": shape.name, "distribution": shape.distribution, "contender": name}
+    try:
+        if isinstance(program, Exception):
+            raise program
+        make = _paged_case if name.startswith("llmjax") else _padded_case
+        dtype = jnp.float16 if name.startswith("JAX") else jnp.bfloat16
+        case = make(shape, dtype)
+        row["error"] = _error(shape, program, case)
+        us = timing.rotating_microseconds(program, [case], repeats=10)
+        row |= rates(shape, us, limits)
+    except Exception as error:
+        row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+    return row
+
+
+def _random(shape: tuple[int, ...], dtype=jnp.bfloat16) -> jax.Array:
+    return jax.random.normal(jax.random.key(time.time_ns() % 2**31), shape, dtype)
+
+
+def _paged_case(shape: Shape, dtype) -> tuple:
+    q, pages, _, table, *_ = shape.arguments()
+    order = np.random.default_rng().permutation(table.shape[0] * table.shape[1])
+    start = np.concatenate([[0], np.cumsum(shape.queries)]).astype(np.int32)
+    ragged = (order.reshape(table.shape).astype(np.int32), start, np.array(shape.lengths, np.int32))
+    return _random(q.shape), _random(pages.shape), _random(pages.shape), *map(jnp.asarray, ragged)
+
+
+def _padded_case(shape: Shape, dtype) -> tuple:
+    rows, longest = len(shape.queries), max(shape.queries)
+    # JAX's own kernel scales no scores.
+    scale = dtype(shape.d**-0.5) if dtype == jnp.float16 else dtype(1)
+    q = _random((rows, longest, shape.heads, shape.d), dtype) * scale
+    k, v = (_random((rows, longest, shape.kv_heads, shape.d), dtype) for _ in range(2))
+    return q, k, v, jnp.asarray(shape.queries, jnp.int32)
+
+
+def _error(shape: Shape, program, case: tuple) -> float:
+    """Relative error of some queries of the first and the last row, NaN if any is not finite."""
+    poison = jnp.full(case[0].shape, jnp.nan, case[0].dtype)
+    poison.block_until_ready()
+    del poison
+    out = program(*case)
+    out = out[0] if isinstance(out, list | tuple) else out
+    padded = out.ndim == 4
+    if not padded and not bool(jnp.isfinite(jnp.sum(out, dtype=jnp.float32))):
+        return math.nan
+    got, want = [], []
+    for row in {0, len(shape.queries) - 1}:
+        for query in np.linspace(0, shape.queries[row] - 1, PICKED).astype(int):
+            index = (row, query) if padded else sum(shape.queries[:row]) + query
+            got.append(np.asarray(out[index], np.float64))
+            want.append(_exact(shape, case, row, query, index))
+    return float(np.linalg.norm(np.array(got) - want) / np.linalg.norm(want))
+
+
+def _exact(shape: Shape, case: tuple, row: int, query: int, index) -> np.ndarray:
+    q, keys, values = case[:3]
+    end = shape.cached + query + 1
+    begin = max(0, end - shape.window) if shape.window else 0
+    scale = shape.d**-0.5 if q.dtype == jnp.bfloat16 else 1.0
+
+    def cached(pages: jax.Array) -> np.ndarray:
+        if pages.ndim == 5:
+            pages = pages[0, case[3][row, : -(-end // shape.page)]]
+            pages = pages.reshape(-1, shape.kv_heads, shape.d)
+        else:
+            pages = pages[row]
+        return np.asarray(pages[begin:end], np.float64)
+
+    grouped = np.asarray(q[index], np.float64).reshape(shape.kv_heads, -1, shape.d)
+    scores = np.einsum("hgd,shd->hgs", grouped, cached(keys)) * scale
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    out = np.einsum("hgs,shd->hgd", weights / weights.sum(-1, keepdims=True), cached(values))
+    return out.reshape(shape.heads, shape.d)
+
+
+def rates(shape: Shape, us: float, limits: dict[str, float]) -> dict:
+    """Time, rates of what causal queries need, and their share of the roofline."""
+    tflops, gbps = shape.flops() / us / 1e6, shape.bytes() / us / 1e3
+    share = max(tflops / limits["tflops"], gbps / limits["copy_gbps"])
+    return {
+        "us": round(us, 1),
+        "gbps": round(gbps),
+        "tflops": round(tflops, 1),
+        "roofline_pct": round(100 * share, 1),
+    }
