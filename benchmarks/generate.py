@@ -141,7 +141,7 @@ def main() -> None:
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
         "dtype": str(jax.tree.leaves(llm.engine.runner.weights)[0].dtype),
-        "layer_loop": llm.engine.runner.maker.layer_loop,
+        "layer_loop": llm.engine.runner.maker.options.layer_loop,
         "compiler_options": options,
         "start_up_s": time.perf_counter() - started,
         "rows": [],

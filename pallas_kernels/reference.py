@@ -17,7 +17,7 @@ ROW_BLOCK = 64
 def paged_attention(
     q: Float[Array, "tokens heads d"],
     k_pages: Float[Array, "layers pages page kv_heads d"],
-    v_pages: Float[Array, "layers pages page kv_heads dv"],
+    v_pages: Float[Array, "layers pages page kv_heads dv"] | None,
     layer: Int[Array, ""] | int,
     page_table: Int[Array, "rows width"],
     query_start: Int[Array, "rows_plus_one"],
@@ -26,21 +26,25 @@ def paged_attention(
     scale: float,
     max_query_length: int,
     window: Int[Array, ""] | int | None = None,
+    chunk: Int[Array, ""] | int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, "heads"] | None = None,
+    value_dim: int | None = None,
 ) -> tuple[Float[Array, "tokens heads dv"], Float[Array, "tokens heads"]]:
     """Causal attention of ragged rows of queries over a paged cache, and its log-sum-exp.
 
     Row r owns the queries `q[query_start[r]:query_start[r + 1]]`; the last of them stands at
     position `lengths[r] - 1`, and the keys of all of them are in the pages already. A `window` of w
-    sees the last w positions, 0 or None all. Queries outside every row give 0, and -inf as
+    sees the last w positions, a `chunk` of c those since the last multiple of c; 0 or None is all.
+    Without `v_pages`, values are the first `value_dim` features of the keys. Queries outside every row give 0, and -inf as
     log-sum-exp.
 
     The softmax is taken online over blocks of `KV_BLOCK` positions (Milakov & Gimelshein, 2018), as
     many as the longest row needs, so that short rows never pay for the width of the page table.
     """
     tokens, heads, d = q.shape
-    page, kv_heads, dv = k_pages.shape[2], k_pages.shape[3], v_pages.shape[4]
+    page, kv_heads = k_pages.shape[2:4]
+    dv = value_dim if v_pages is None else v_pages.shape[4]
     group = heads // kv_heads
     row, token, position = _query_blocks(query_start, lengths, tokens, max_query_length)
     queries = q.at[token].get(mode="fill", fill_value=0)
@@ -58,15 +62,17 @@ def paged_attention(
         highest, total, sums = carry
         key_position = index * span + jnp.arange(span)
         cached = key_position < row_length[:, None]
-        scores = jnp.einsum(
-            "bqhgd,bshd->bqhgs", queries, read(k_pages, index), preferred_element_type=jnp.float32
-        )
+        keys = read(k_pages, index)
+        scores = jnp.einsum("bqhgd,bshd->bqhgs", queries, keys, preferred_element_type=jnp.float32)
         scores = scores * scale
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         visible = key_position <= position[..., None]
         if window is not None:
             visible &= (key_position > position[..., None] - window) | (jnp.asarray(window) == 0)
+        if chunk is not None:
+            first = position[..., None] // jnp.maximum(chunk, 1) * chunk
+            visible &= (key_position >= first) | (jnp.asarray(chunk) == 0)
         visible = (visible & cached[:, None])[:, :, None, None]
         scores = jnp.where(visible, scores, -jnp.inf)
         new_highest = jnp.maximum(highest, scores.max(-1))
@@ -75,7 +81,8 @@ def paged_attention(
         weights = jnp.exp(scores - shift[..., None])
         keep = jnp.exp(highest - shift)
         # Unwritten positions may hold anything, NaN included, which a zero weight would keep.
-        values = jnp.where(cached[:, :, None, None], read(v_pages, index), 0)
+        values = keys[..., :dv] if v_pages is None else read(v_pages, index)
+        values = jnp.where(cached[:, :, None, None], values, 0)
         new_sums = jnp.einsum(
             "bqhgs,bshd->bqhgd",
             weights.astype(values.dtype),
@@ -117,12 +124,19 @@ def write_pages(
     Float[Array, "layers pages page kv_heads d"], Float[Array, "layers pages page kv_heads dv"]
 ]:
     """Stores the keys and values of tokens at slots = page * page_size + offset, -1 nowhere."""
-    pages, page = k_pages.shape[1:3]
-    index = jnp.where(slots >= 0, slots // page, pages)
-    return (
-        k_pages.at[layer, index, slots % page].set(k.astype(k_pages.dtype), mode="drop"),
-        v_pages.at[layer, index, slots % page].set(v.astype(v_pages.dtype), mode="drop"),
-    )
+    return store_rows(k_pages, layer, k, slots), store_rows(v_pages, layer, v, slots)
+
+
+def store_rows(
+    pages: Float[Array, "layers pages page kv_heads d"],
+    layer: Int[Array, ""] | int,
+    rows: Float[Array, "tokens kv_heads d"],
+    slots: Int[Array, "tokens"],
+) -> Float[Array, "layers pages page kv_heads d"]:
+    """Stores a row for each token at slots = page * page_size + offset, -1 nowhere."""
+    count, page = pages.shape[1:3]
+    index = jnp.where(slots >= 0, slots // page, count)
+    return pages.at[layer, index, slots % page].set(rows.astype(pages.dtype), mode="drop")
 
 
 def grouped_gemm(

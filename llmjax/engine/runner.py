@@ -22,8 +22,9 @@ from llmjax.engine.request import Request
 from llmjax.engine.schedule import Schedule, SchedulerConfig, Work
 from llmjax.engine.step import EngineState, StepMaker, StepOutput
 from llmjax.layers.kv_cache import empty_cache
+from llmjax.layers.moe import DispatchOptions
 from llmjax.layers.sampler_state import GENERATED, PROMPT, UNUSED, fill_slot, init_state
-from llmjax.models.decoder import LayerLoop, head_slots, padded_vocab
+from llmjax.models.decoder import RunOptions, cache_shapes, padded_vocab
 from llmjax.weights.model import Weights, abstract_decoder
 from meshes import Rules
 
@@ -77,7 +78,7 @@ class Runner:
         # of the bytes in a scan over layers.
         defaults = {} if on_cpu else {"xla_gpu_enable_triton_gemm": False}
         self.compiler_options = {**defaults, **engine.compiler_options}
-        self.maker = self._make_maker(engine.layer_loop or "scan")
+        self.maker = self._make_maker()
         tokens = engine.max_num_tokens or (512 if on_cpu else 8192)
         self.max_num_tokens = max(tokens, self.max_batch_size)
         self.prefill_rows = min(self.max_batch_size, 4 if on_cpu else 16)
@@ -202,7 +203,7 @@ class Runner:
             logits = compute(self.weights, self._put(packed, "requests", None))
         return np.asarray(logits)
 
-    def _make_maker(self, layer_loop: LayerLoop) -> StepMaker:
+    def _make_maker(self) -> StepMaker:
         graph, state = nnx.split(abstract_decoder(self.config, self.rules, self.dtype))
         return StepMaker(
             graph=graph,
@@ -211,7 +212,13 @@ class Runner:
             vocab_size=self.config.vocab_size,
             max_logprobs=min(self.engine.max_logprobs, self.config.vocab_size),
             processors=tuple(self.engine.logits_processors.values()),
-            layer_loop=layer_loop,
+            options=RunOptions(
+                layer_loop=self.engine.layer_loop or "scan",
+                dispatch=DispatchOptions(
+                    method=self.engine.moe_dispatch,
+                    max_num_tokens=self.engine.moe_max_num_tokens,
+                ),
+            ),
         )
 
     @contextmanager
@@ -230,16 +237,12 @@ class Runner:
             config=self.engine,
         )
 
-    def _cache_shape(self, num_pages: int) -> tuple[int, int, int, int, int]:
-        """Of all devices together; `num_pages` counts one batch rank's."""
-        slots = head_slots(self.config, self.rules).num_kv
-        pages = num_pages * self.rules.size("pages")
-        return (self.config.num_layers, pages, self.page_size, slots, self.config.head_dim)
-
     def _empty_state(self, num_pages: int) -> EngineState:
         rules, slots = self.rules, self.num_ranks * self.max_batch_size
+        pages = num_pages * rules.size("pages")
+        shapes = cache_shapes(self.config, rules, pages=pages, page_size=self.page_size)
         return EngineState(
-            cache=empty_cache(self._cache_shape(num_pages), self.dtype, rules),
+            cache=empty_cache(shapes, self.dtype, rules),
             last_tokens=jnp.zeros(
                 (self.num_ranks, self.max_batch_size),
                 jnp.int32,
@@ -260,12 +263,12 @@ class Runner:
         if engine.kv_cache_max_tokens:
             pages = -(-engine.kv_cache_max_tokens // self.page_size)
         else:
-            _, _, page, slots, head_dim = self._cache_shape(1)
-            held = slots // self.rules.size("kv_heads") * head_dim * self.dtype.itemsize
+            with self._tracing():
+                page = jax.eval_shape(partial(self._empty_state, 1)).cache
             promised = longest if engine.max_seq_len else min(longest, UNASKED_CONTEXT)
             pages = count_pages(
                 self.mesh,
-                page_bytes=2 * self.config.num_layers * page * held,
+                page_bytes=_device_bytes(page),
                 weight_bytes=_device_bytes(self.weights),
                 measure_temporaries=self._measure_temporaries,
                 fraction=engine.free_gpu_memory_fraction,

@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from llmjax.config import LogitsProcessor
 from llmjax.engine.batch import FLOAT_COLUMNS, Bucket, split_fields
-from llmjax.layers.kv_cache import KVCache, Placement, placement_specs
+from llmjax.layers.kv_cache import Cache, Placement, placement_specs
 from llmjax.layers.logprobs import Logprobs, score
 from llmjax.layers.sampler import Sampled, SampleRows, sample
 from llmjax.layers.sampler_state import SamplerState
-from llmjax.models.decoder import Decoder, LayerLoop
+from llmjax.models.decoder import Decoder, RunOptions
 from llmjax.parallel.collectives import all_gather, axis_index, island
 from llmjax.weights.model import Weights
 from meshes import Rules
@@ -28,7 +28,7 @@ from meshes import Rules
 class EngineState:
     """Everything that stays on the devices between steps; each step is given it for good."""
 
-    cache: KVCache
+    cache: Cache
     """Keys and values."""
     last_tokens: Int[Array, "ranks slots"]
     """The token that each slot sampled last."""
@@ -73,7 +73,7 @@ class StepMaker:
     vocab_size: int
     max_logprobs: int
     processors: Sequence[LogitsProcessor]
-    layer_loop: LayerLoop
+    options: RunOptions
 
     def decoder(self, weights: Weights) -> Decoder:
         """The decoder with these weights."""
@@ -89,9 +89,7 @@ class StepMaker:
         ) -> tuple[StepOutput, EngineState]:
             decoder = self.decoder(weights)
             inputs = unpack(packed, state.last_tokens, bucket, rules=self.rules)
-            hidden, cache = decoder(
-                inputs.ids, state.cache, inputs.placement, layer_loop=self.layer_loop
-            )
+            hidden, cache = decoder(inputs.ids, state.cache, inputs.placement, options=self.options)
             rows = read_sampling(inputs.sampling, rules=self.rules)
             sampled, sampler = sample(
                 select_rows(hidden, inputs.sample_token, rules=self.rules),
@@ -129,9 +127,7 @@ class StepMaker:
         def compute(weights: Weights, packed: Int[Array, "ranks numbers"]) -> Array:
             decoder, state = self.decoder(weights), empty_state()
             inputs = unpack(packed, state.last_tokens, bucket, rules=self.rules)
-            hidden, _ = decoder(
-                inputs.ids, state.cache, inputs.placement, layer_loop=self.layer_loop
-            )
+            hidden, _ = decoder(inputs.ids, state.cache, inputs.placement, options=self.options)
             prefilled = replicate(hidden)[bucket.decodes : bucket.tokens]
             logits = jnp.einsum(
                 "te,ev->tv",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from llmjax.config import ModelConfig
-from llmjax.models.decoder import head_slots
+from llmjax.models.decoder import cache_shapes
 from llmjax.models.registry import find_family
 from llmjax.weights import open_checkpoint
 from llmjax.weights.model import declared_params
@@ -113,15 +113,16 @@ def lay_out(
         for name, param in declared_params(config, rules, kind).items()
     )
     pages = -(-cache_tokens // (page_size * rules.size("pages"))) * rules.size("pages")
-    cache = (config.num_layers, pages, page_size, head_slots(config, rules).num_kv, config.head_dim)
+    cache = cache_shapes(config, rules, pages=pages, page_size=page_size)
+    least = cache_shapes(config, alone, pages=pages, page_size=page_size)
     kv_cache = _lay_tensor(
         "kv_cache",
-        cache,
-        ("layers", "pages", None, "kv_heads", "head_dim"),
+        cache[0],
+        cache.axes,
         rules,
         # Keys and values have the same shape.
-        item_bytes=2 * kind.itemsize,
-        needed=prod((*cache[:3], config.num_kv_heads, config.head_dim)),
+        item_bytes=len(cache) * kind.itemsize,
+        needed=prod(least[0]),
     )
     return Layout(plan=plan, weights=weights, kv_cache=kv_cache)
 

@@ -1,4 +1,4 @@
-"""The paged KV cache and the part of a step that says where its tokens stand."""
+"""The paged cache, and the part of a step that says where its tokens stand."""
 
 from typing import Any, NamedTuple
 
@@ -15,6 +15,26 @@ class KVCache(NamedTuple):
     """Keys, after rope."""
     v: Float[Array, "layers pages page kv_heads head_dim"]
     """Values."""
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Logical axes of each array."""
+        return ("layers", "pages", None, "kv_heads", None)
+
+
+class LatentCache(NamedTuple):
+    """What latent attention caches, in pages: one vector a token, the same for all heads."""
+
+    latent: Float[Array, "layers pages page 1 cached_dim"]
+    """The normed latent, then the key features with position, after rope."""
+
+    @property
+    def axes(self) -> tuple[str | None, ...]:
+        """Logical axes of the array: ranks that share the heads hold copies."""
+        return ("layers", "pages", None, None, None)
+
+
+Cache = KVCache | LatentCache
 
 
 class Placement(NamedTuple):
@@ -36,10 +56,10 @@ class Placement(NamedTuple):
     """First token of each prefill row, counted within the rank's prefill tokens."""
 
 
-def empty_cache(shape: tuple[int, int, int, int, int], dtype: Any, rules: Rules) -> KVCache:
-    """An empty cache, made on the devices that hold it."""
-    spec = rules.spec("layers", "pages", None, "kv_heads", None)
-    return KVCache(*(jnp.zeros(shape, dtype, out_sharding=spec) for _ in KVCache._fields))
+def empty_cache(shapes: Any, dtype: Any, rules: Rules) -> Any:
+    """A cache of zeros, made on the devices that hold it, from one with shapes for arrays."""
+    spec = rules.spec(*shapes.axes)
+    return type(shapes)._make(jnp.zeros(shape, dtype, out_sharding=spec) for shape in shapes)
 
 
 def placement_specs(rules: Rules) -> Placement:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from llmjax.config import ModelConfig
 from llmjax.layers.params import Declare
 
 ACTIVATIONS = {
@@ -25,14 +24,13 @@ class GatedMLP(nnx.Module):
     padded feature is activation(0) * 0.
     """
 
-    def __init__(self, config: ModelConfig, *, declare: Declare):
-        embed, ffn = config.hidden_size, config.intermediate_size
+    def __init__(
+        self, embed: int, ffn: int, *, activation: str, declare: Declare, bias: bool = False
+    ):
         ffn += -ffn % declare.rules.size("ffn")
-        self.rules = declare.rules
-        self.activation = config.activation
+        self.rules, self.activation = declare.rules, activation
         self.gate_up = declare.param((embed, 2, ffn), (None, None, "ffn"), fan_in=embed)
         self.down = declare.param((ffn, embed), ("ffn", None), fan_in=ffn)
-        bias = config.mlp_bias
         self.gate_up_bias = declare.param((2, ffn), (None, "ffn"), init="zeros") if bias else None
         self.down_bias = declare.param((embed,), (None,), init="zeros") if bias else None
 

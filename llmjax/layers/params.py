@@ -1,7 +1,7 @@
 """Declares weights: a shape, logical axes and an initialiser, said once for everything."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ class Declare:
     """Type of the weights."""
     rngs: nnx.Rngs
     """Source of random weights."""
-    num_layers: int | None = None
-    """Layers stacked in a leading axis; None for weights that exist once."""
+    layers: tuple[int, ...] | None = None
+    """The model's layer in each row of the stack, -1 for a row that stays empty; None for weights
+    that exist once."""
 
     def param(
         self,
@@ -33,23 +34,26 @@ class Declare:
         *,
         init: Literal["normal", "ones", "zeros"] = "normal",
         fan_in: int = 1,
+        dtype: Any = None,
     ) -> nnx.Param:
         """A weight of one layer; the stack's axis is added here.
 
         "normal" draws with variance 1 / fan_in: random models then keep the scale of activations.
+        `dtype` is that of all weights unless this one needs its own.
         """
-        if self.num_layers is not None:
-            shape, axes = (self.num_layers, *shape), ("layers", *axes)
+        dtype = dtype or self.dtype
+        if self.layers is not None:
+            shape, axes = (len(self.layers), *shape), ("layers", *axes)
         if init == "normal":
             draw = jax.random.normal(self.rngs.params(), shape, jnp.float32) * fan_in**-0.5
-            value = draw.astype(self.dtype)
+            value = draw.astype(dtype)
         else:
-            value = jnp.full(shape, 1 if init == "ones" else 0, self.dtype)
+            value = jnp.full(shape, 1 if init == "ones" else 0, dtype)
         # The spec rides on the weight; placing it is the loader's work, not the constructor's.
         return nnx.Param(
             value,
             out_sharding=self.rules.spec(*axes),
             eager_sharding=False,
-            stacked=self.num_layers is not None,
+            layers=self.layers,
             logical_axes=axes,
         )

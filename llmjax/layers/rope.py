@@ -7,10 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from llmjax.config import ConfigError, RopeConfig
+from llmjax.config import ConfigError, ModelConfig, RopeConfig
 
 RopeTables = tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]
 """Cosine and sine of each token's angles."""
+
+RopeVariants = tuple[Float[Array, "*variants tokens half"], Float[Array, "*variants tokens half"]]
+"""The same, with an axis of `ROPES` in front where a model's layers choose between them."""
+
+ROPES = ("global", "local", "none")
+"""Variants between which a model's layers may choose."""
 
 
 class Rope:
@@ -38,15 +44,43 @@ class Rope:
         return jnp.cos(angles) * self.factor, jnp.sin(angles) * self.factor
 
 
+def rope_tables(
+    config: ModelConfig, rotated_dim: int, positions: Int[Array, "tokens"]
+) -> RopeVariants:
+    """Tables of every variant that layers of the model use; one alone has no axis of variants."""
+    turned = Rope(config.rope, head_dim=rotated_dim).tables(positions)
+    if all(layer.rope == "global" for layer in config.layers):
+        return turned
+    local = turned
+    if config.local_rope is not None:
+        local = Rope(config.local_rope, head_dim=rotated_dim).tables(positions)
+    still = jnp.ones_like(turned[0]), jnp.zeros_like(turned[1])
+    cos, sin = (jnp.stack(tables) for tables in zip(turned, local, still, strict=True))
+    return cos, sin
+
+
+def select_rope(tables: RopeVariants, index: Int[Array, ""] | None) -> RopeTables:
+    """The tables of one layer."""
+    return tables if index is None else (tables[0][index], tables[1][index])
+
+
 def apply_rope(
-    x: Float[Array, "tokens *heads head_dim"], tables: RopeTables
+    x: Float[Array, "tokens *heads head_dim"], tables: RopeTables, *, interleaved: bool = False
 ) -> Float[Array, "tokens *heads head_dim"]:
-    """Rotates pairs (i, i + half) of the leading features; what the tables leave out stays."""
+    """Rotates pairs (i, i + half) of the leading features; what the tables leave out stays.
+
+    `interleaved` rotates pairs (2i, 2i + 1) instead, and leaves them in the order of the others:
+    products of queries and keys stay the same, as long as both are turned so.
+    """
     half = tables[0].shape[-1]
     inner = (1,) * (x.ndim - 2)
     cos, sin = (table.reshape(-1, *inner, half) for table in tables)
     wide = x.astype(jnp.float32)
-    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    turned, rest = wide[..., : 2 * half], wide[..., 2 * half :]
+    if interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = turned[..., :half], turned[..., half:]
     rotated = (first * cos - second * sin, second * cos + first * sin, rest)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 

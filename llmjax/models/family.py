@@ -1,10 +1,10 @@
 """What a family of models says about itself, and what dense decoders have in common."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmjax.config import ConfigError, ModelConfig, RopeConfig
+from llmjax.config import ConfigError, LayerConfig, ModelConfig, RopeConfig
 from llmjax.models.source import Source
 from llmjax.parallel.head_slots import HeadSlots
 
@@ -20,12 +20,17 @@ class Family:
     """Names in config.json's `architectures`."""
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     """config.json -> our words."""
-    sources: Callable[[ModelConfig, HeadSlots], Sources]
-    """Where each weight comes from."""
+    sources: Callable[[ModelConfig, HeadSlots, Collection[str]], Sources]
+    """Where each weight comes from; told the tensors' names, for families of several spellings."""
+    model_types: tuple[str, ...] = ()
+    """Names in `model_type`, by which a multimodal wrapper says what text model it holds."""
     ignored: tuple[str, ...] = ()
-    """Patterns of tensors that the family knowingly drops."""
+    """Patterns of tensors that the family knowingly drops; `{beyond}` stands for the index of any
+    layer after the last one, where checkpoints keep layers that predict further tokens."""
 
 
+LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+"""What config.json may call a layer's attention."""
 ROTARY_BUFFERS = (r".*rotary_emb\.inv_freq",)
 """Buffers that old checkpoints carry and that are computed here."""
 
@@ -37,7 +42,7 @@ def read_dense_config(hf: Mapping[str, Any], **special: Any) -> ModelConfig:
         ConfigError: a key that must be there is missing.
     """
     activation = {"silu": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
-    act = hf.get("hidden_act", "silu")
+    act = hf.get("hidden_act") or hf.get("hidden_activation") or "silu"
     if act not in activation:
         raise ConfigError(
             f"config.json gives hidden_act={act!r}: known are {', '.join(activation)}."
@@ -87,126 +92,58 @@ def read_rope(hf: Mapping[str, Any]) -> RopeConfig:
     return RopeConfig(**values)
 
 
-def sliding_windows(hf: Mapping[str, Any], *, default: str) -> tuple[int, ...]:
-    """Window of each layer from `layer_types`, which `default` fills where it is missing."""
-    kinds = hf.get("layer_types") or [default] * hf["num_hidden_layers"]
-    window = hf.get("sliding_window") or 0
-    windows = tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
-    return windows if any(windows) else ()
+def read_layers(
+    hf: Mapping[str, Any],
+    kinds: Sequence[str] | str = "full_attention",
+    *,
+    experts: Sequence[bool] | bool = False,
+    local_rope: bool = False,
+    rotated: Sequence[bool] | bool = True,
+) -> tuple[LayerConfig, ...]:
+    """What each layer does, from config.json's `layer_types`, or `kinds` where it has none.
 
-
-def dense_sources(config: ModelConfig, slots: HeadSlots) -> Sources:
-    """Weights of a dense decoder in the names of Hugging Face's Llama and its relatives."""
-    vocab, embed = config.vocab_size, config.hidden_size
-    layer = "model.layers.{layer}."
-    sources: Sources = {
-        "embedding": (Source(name="model.embed_tokens.weight", shape=(vocab, embed)),),
-        "norm.scale": (Source(name="model.norm.weight", shape=(embed,)),),
-        "layers.attention_norm.scale": (
-            Source(name=layer + "input_layernorm.weight", shape=(embed,)),
-        ),
-        "layers.mlp_norm.scale": (
-            Source(name=layer + "post_attention_layernorm.weight", shape=(embed,)),
-        ),
-        **attention_sources(config, slots, layer + "self_attn."),
-        **mlp_sources(config, layer + "mlp."),
-    }
-    if not config.tie_word_embeddings:
-        sources["output"] = (Source(name="lm_head.weight", shape=(vocab, embed)),)
-    return sources
-
-
-def attention_sources(config: ModelConfig, slots: HeadSlots, prefix: str) -> Sources:
-    """Query, key and value rows side by side in each key/value slot; output columns likewise."""
-    embed, head_dim, group = config.hidden_size, config.head_dim, slots.group
-    q_rows, kv_rows = config.num_heads * head_dim, config.num_kv_heads * head_dim
-    everything = slice(None)
-    parts = {
-        "q_proj": (config.num_heads, q_rows, slots.q, slice(0, group)),
-        "k_proj": (config.num_kv_heads, kv_rows, slots.kv[:, None], slice(group, group + 1)),
-        "v_proj": (config.num_kv_heads, kv_rows, slots.kv[:, None], slice(group + 1, group + 2)),
-    }
-    kernels, biases = [], []
-    for name, (heads, rows, held, place) in parts.items():
-        kernels.append(
-            Source(
-                name=f"{prefix}{name}.weight",
-                shape=(rows, embed),
-                split=(heads, head_dim, embed),
-                transpose=(2, 0, 1),
-                slots=(1, held),
-                region=(everything, everything, place, everything),
+    Args:
+        experts: which layers hold a mixture of experts.
+        local_rope: layers with a sliding window have a rotary embedding of their own.
+        rotated: which layers have a rotary embedding at all.
+    """
+    count = require(hf, "num_hidden_layers")
+    types = hf.get("layer_types") or ([kinds] * count if isinstance(kinds, str) else kinds)
+    sparse_layers = [experts] * count if isinstance(experts, bool) else experts
+    rotated_layers = [rotated] * count if isinstance(rotated, bool) else rotated
+    for key, number in (("layer_types", len(types)), ("no_rope_layers", len(rotated_layers))):
+        if number != count:
+            raise ConfigError(
+                f"config.json gives {number} {key} for num_hidden_layers={count}: "
+                "there must be one for each layer."
+            )
+    layers = []
+    for kind, sparse, turned in zip(types, sparse_layers, rotated_layers, strict=True):
+        if kind not in LAYER_TYPES:
+            raise ConfigError(
+                f"config.json gives the layer type {kind!r}: known are {', '.join(LAYER_TYPES)}."
+            )
+        local = kind == "sliding_attention" and local_rope
+        layers.append(
+            LayerConfig(
+                window=(hf.get("sliding_window") or 0) if kind == "sliding_attention" else 0,
+                chunk=(hf.get("attention_chunk_size") or 0) if kind == "chunked_attention" else 0,
+                rope="none" if not turned else "local" if local else "global",
+                ffn="experts" if sparse else "dense",
             )
         )
-        biases.append(
-            Source(
-                name=f"{prefix}{name}.bias",
-                shape=(rows,),
-                split=(heads, head_dim),
-                slots=(0, held),
-                region=(everything, place, everything),
-            )
-        )
-    sources: Sources = {
-        "layers.attention.qkv": tuple(kernels),
-        "layers.attention.out": (
-            Source(
-                name=prefix + "o_proj.weight",
-                shape=(embed, q_rows),
-                split=(embed, config.num_heads, head_dim),
-                transpose=(1, 2, 0),
-                slots=(0, slots.q),
-            ),
-        ),
-    }
-    if config.qkv_bias:
-        sources["layers.attention.qkv_bias"] = tuple(biases)
-    if config.output_bias:
-        sources["layers.attention.out_bias"] = (
-            Source(name=prefix + "o_proj.bias", shape=(embed,)),
-        )
-    if config.qk_norm:
-        for norm in ("q_norm", "k_norm"):
-            sources[f"layers.attention.{norm}.scale"] = (
-                Source(name=f"{prefix}{norm}.weight", shape=(head_dim,)),
-            )
-    return sources
+    return tuple(layers)
 
 
-def mlp_sources(config: ModelConfig, prefix: str) -> Sources:
-    """Gate and up beside each other, down; padded features follow as zeros."""
-    embed, ffn = config.hidden_size, config.intermediate_size
-    everything = slice(None)
-    kernels, biases = [], []
-    for index, name in enumerate(("gate_proj", "up_proj")):
-        place = slice(index, index + 1)
-        kernels.append(
-            Source(
-                name=f"{prefix}{name}.weight",
-                shape=(ffn, embed),
-                split=(1, ffn, embed),
-                transpose=(2, 0, 1),
-                region=(everything, place, everything),
-            )
+def refuse_unless(hf: Mapping[str, Any], key: str, *values: Any) -> None:
+    """Raises ConfigError where a key that is there has another value than what is implemented."""
+    value = hf.get(key, values[0])
+    if value not in values:
+        known = " or ".join(repr(known) for known in values)
+        raise ConfigError(
+            f"config.json gives {key}={value!r}, and only {known} is implemented for "
+            f"{hf['architectures'][0]}."
         )
-        biases.append(
-            Source(
-                name=f"{prefix}{name}.bias",
-                shape=(ffn,),
-                split=(1, ffn),
-                region=(place, everything),
-            )
-        )
-    sources: Sources = {
-        "layers.mlp.gate_up": tuple(kernels),
-        "layers.mlp.down": (
-            Source(name=prefix + "down_proj.weight", shape=(embed, ffn), transpose=(1, 0)),
-        ),
-    }
-    if config.mlp_bias:
-        sources["layers.mlp.gate_up_bias"] = tuple(biases)
-        sources["layers.mlp.down_bias"] = (Source(name=prefix + "down_proj.bias", shape=(embed,)),)
-    return sources
 
 
 def require(hf: Mapping[str, Any], key: str) -> Any:

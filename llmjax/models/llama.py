@@ -7,10 +7,10 @@ from llmjax.config import ModelConfig
 from llmjax.models.family import (
     ROTARY_BUFFERS,
     Family,
-    dense_sources,
     read_dense_config,
-    sliding_windows,
+    read_layers,
 )
+from llmjax.models.sources import dense_sources
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
@@ -22,7 +22,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=bool(hf.get("mlp_bias", False)),
-        windows=sliding_windows(hf, default="sliding_attention") if mistral else (),
+        layers=read_layers(hf, "sliding_attention") if mistral else (),
     )
 
 

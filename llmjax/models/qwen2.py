@@ -7,24 +7,23 @@ from llmjax.config import ModelConfig
 from llmjax.models.family import (
     ROTARY_BUFFERS,
     Family,
-    dense_sources,
     read_dense_config,
-    sliding_windows,
+    read_layers,
 )
+from llmjax.models.sources import dense_sources
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """The biases are part of the architecture; config.json does not name them."""
-    return read_dense_config(hf, qkv_bias=True, windows=qwen_windows(hf))
+    return read_dense_config(hf, qkv_bias=True, layers=read_layers(hf, qwen_layer_types(hf)))
 
 
-def qwen_windows(hf: Mapping[str, Any]) -> tuple[int, ...]:
+def qwen_layer_types(hf: Mapping[str, Any]) -> list[str]:
     """Layers from `max_window_layers` up slide a window, where `use_sliding_window` is on."""
+    count, first = hf["num_hidden_layers"], hf.get("max_window_layers", 28)
     if not hf.get("use_sliding_window"):
-        return ()
-    layers, first = hf["num_hidden_layers"], hf.get("max_window_layers", 28)
-    kinds = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
-    return sliding_windows({"layer_types": kinds, **hf}, default="full_attention")
+        return ["full_attention"] * count
+    return ["sliding_attention" if i >= first else "full_attention" for i in range(count)]
 
 
 FAMILY = Family(

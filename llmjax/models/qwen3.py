@@ -4,14 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmjax.config import ModelConfig
-from llmjax.models.family import Family, dense_sources, read_dense_config
-from llmjax.models.qwen2 import qwen_windows
+from llmjax.models.family import Family, read_dense_config, read_layers
+from llmjax.models.qwen2 import qwen_layer_types
+from llmjax.models.sources import dense_sources
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Biases, where there are any, cover all four attention projections."""
     bias = bool(hf.get("attention_bias", False))
-    special = dict(qk_norm=True, qkv_bias=bias, output_bias=bias, windows=qwen_windows(hf))
+    special = dict(
+        qk_norm=True, qkv_bias=bias, output_bias=bias, layers=read_layers(hf, qwen_layer_types(hf))
+    )
     # The published default: Qwen3's heads are not hidden / heads wide.
     return read_dense_config({"head_dim": 128, **hf}, **special)
 

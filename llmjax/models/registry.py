@@ -4,10 +4,35 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmjax.config import ConfigError
-from llmjax.models import llama, qwen2, qwen3
+from llmjax.models import (
+    deepseek,
+    gemma3,
+    glm4_moe,
+    gpt_oss,
+    llama,
+    llama4,
+    mixtral,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+)
 from llmjax.models.family import Family
 
-FAMILIES = tuple(module.FAMILY for module in (llama, qwen2, qwen3))
+FAMILIES = tuple(
+    module.FAMILY
+    for module in (
+        llama,
+        qwen2,
+        qwen3,
+        mixtral,
+        qwen3_moe,
+        deepseek,
+        glm4_moe,
+        gpt_oss,
+        llama4,
+        gemma3,
+    )
+)
 """Every family that can be loaded."""
 
 

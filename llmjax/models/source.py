@@ -11,9 +11,9 @@ from jaxtyping import Shaped
 class Source:
     """One checkpoint tensor and the region of one parameter that it fills.
 
-    The tensor is reshaped (`split`), its axes are reordered (`transpose`), one axis is picked apart
-    (`slots`), and the result is written at `region`. Axes are those of the parameter without its
-    layers axis. Where the result is shorter than the region, zeros follow.
+    The tensor is reshaped (`split`), cut (`part`), its axes are reordered (`transpose`), one axis
+    is picked apart (`slots`), and the result is written at `region`. Axes are those of the
+    parameter without its layers axis. Where the result is shorter than the region, zeros follow.
     """
 
     name: str
@@ -22,6 +22,8 @@ class Source:
     """Shape that the checkpoint's tensor must have."""
     split: tuple[int, ...] | None = None
     """Shape to view the tensor in, such as (heads, head_dim, embed); None keeps its own."""
+    part: tuple[int, slice] | None = None
+    """(axis of the split tensor, indices that are taken); None takes all."""
     transpose: tuple[int, ...] | None = None
     """Order of the split axes in the parameter; None keeps the order."""
     slots: tuple[int, np.ndarray] | None = None
@@ -56,8 +58,11 @@ class Source:
 
     @property
     def _transposed_shape(self) -> tuple[int, ...]:
-        split = self.shape if self.split is None else self.split
-        return split if self.transpose is None else tuple(split[axis] for axis in self.transpose)
+        split = list(self.shape if self.split is None else self.split)
+        if self.part is not None:
+            axis, taken = self.part
+            split[axis] = len(range(*taken.indices(split[axis])))
+        return tuple(split if self.transpose is None else (split[axis] for axis in self.transpose))
 
 
 def read_region(
@@ -78,6 +83,9 @@ def read_region(
     )
 
     view = tensor.reshape(source.shape if source.split is None else source.split)
+    if source.part is not None:
+        axis, taken = source.part
+        view = view[(slice(None),) * axis + (taken,)]
     if source.transpose is not None:
         view = view.transpose(source.transpose)
     values = view[inside] if source.slots is None else _take_slots(view, source.slots, inside)

@@ -29,8 +29,9 @@ class AbstractParam:
     shape: tuple[int, ...]
     dtype: jnp.dtype
     spec: PartitionSpec
-    stacked: bool
-    """The leading axis counts layers; sources then describe one layer."""
+    layers: tuple[int, ...] | None
+    """The model's layer in each row of a stack, whose sources describe one layer; -1 is a row of
+    zeros. None: not a stack."""
 
 
 def load_weights(
@@ -40,7 +41,6 @@ def load_weights(
     mesh: Mesh,
     *,
     ignored: Sequence[str] = (),
-    layer_index: Sequence[int] | None = None,
     progress: bool = False,
 ) -> dict[str, jax.Array]:
     """Read every parameter's sources and return the parameters, laid out as their specs say.
@@ -50,13 +50,11 @@ def load_weights(
 
     Args:
         ignored: regular expressions (whole names) of tensors that the model knowingly drops.
-        layer_index: the checkpoint's layer in each row of a stack, -1 for a row of zeros; None
-            where row and layer are the same.
 
     Raises:
         CheckpointError: tensors are missing, extra or mis-shaped; raised before anything is read.
     """
-    plan = _plan_reads(params, sources, layer_index)
+    plan = _plan_reads(params, sources)
     _check_tensors(plan, checkpoint, ignored)
     total = sum(
         checkpoint.tensors[source.name].num_bytes
@@ -70,42 +68,34 @@ def load_weights(
     with bar:
         for name, param in params.items():
             loader = _ParamLoader(param, plan[name], checkpoint, mesh, bar)
-            loaded[name] = loader.load_stack() if param.stacked else loader.load_single()
+            loaded[name] = loader.load_single() if param.layers is None else loader.load_stack()
     return loaded
 
 
 def _plan_reads(
-    params: Mapping[str, AbstractParam],
-    sources: Mapping[str, tuple[Source, ...]],
-    layer_index: Sequence[int] | None,
+    params: Mapping[str, AbstractParam], sources: Mapping[str, tuple[Source, ...]]
 ) -> dict[str, list[tuple[Source, ...]]]:
     """List, for each parameter and row of its stack, the sources with their layer filled in."""
     plan = {}
     for name, param in params.items():
         for source in sources[name]:
             _check_fit(name, param, source)
-        if not param.stacked:
+        if param.layers is None:
             plan[name] = [sources[name]]
             continue
-        layers = range(param.shape[0]) if layer_index is None else layer_index
-        if len(layers) != param.shape[0]:
-            raise ValueError(
-                f"layer_index has {len(layers)} rows but the stack {name} has {param.shape[0]}; "
-                "give one entry per row, -1 for a row of zeros."
-            )
         plan[name] = [
             tuple(
                 replace(source, name=source.name.replace("{layer}", str(layer)))
                 for source in sources[name]
                 if layer >= 0
             )
-            for layer in layers
+            for layer in param.layers
         ]
     return plan
 
 
 def _check_fit(name: str, param: AbstractParam, source: Source) -> None:
-    shape = param.shape[1:] if param.stacked else param.shape
+    shape = param.shape if param.layers is None else param.shape[1:]
     region = source.region or (slice(None),) * len(shape)
     sizes = tuple(len(range(*part.indices(size))) for part, size in zip(region, shape, strict=True))
     filled = source.filled_shape
@@ -226,7 +216,7 @@ class _ParamLoader:
             index: np.zeros([part.stop - part.start for part in index], self._dtype)
             for index in indices
         }
-        shape = self._param.shape[1:] if self._param.stacked else self._param.shape
+        shape = self._param.shape if self._param.layers is None else self._param.shape[1:]
         for source in row:
             if source.name not in self._checkpoint.tensors:
                 continue

@@ -39,16 +39,17 @@ def load_model(
             shape=param.shape,
             dtype=param.dtype,
             spec=param.out_sharding,
-            stacked=param.get_metadata("stacked"),
+            layers=param.get_metadata("layers"),
         )
         for path, param in declared_params(config, rules, dtype).items()
     }
+    beyond = "(?:" + "|".join(str(config.num_layers + extra) for extra in range(8)) + ")"
     loaded = load_weights(
         params,
-        family.sources(config, head_slots(config, rules)),
+        family.sources(config, head_slots(config, rules), checkpoint.tensors),
         checkpoint,
         mesh,
-        ignored=family.ignored,
+        ignored=[pattern.replace("{beyond}", beyond) for pattern in family.ignored],
         progress=progress,
     )
     return nest(loaded)

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import reference
 from pallas_kernels.paged_attention import decode_sm90, prefill_sm90
 from pallas_kernels.paged_attention.configs import decode_config, prefill_config
-from pallas_kernels.reference import write_pages
+from pallas_kernels.reference import store_rows, write_pages
 
-__all__ = ["paged_attention", "write_pages"]
+__all__ = ["paged_attention", "store_rows", "write_pages"]
 
 IMPLEMENTATIONS = ("decode_sm90", "prefill_sm90", "reference")
 
@@ -20,7 +20,7 @@ IMPLEMENTATIONS = ("decode_sm90", "prefill_sm90", "reference")
 def paged_attention(
     q: Float[Array, "tokens heads d"],
     k_pages: Float[Array, "layers pages page kv_heads d"],
-    v_pages: Float[Array, "layers pages page kv_heads dv"],
+    v_pages: Float[Array, "layers pages page kv_heads dv"] | None,
     layer: Int[Array, ""] | int,
     page_table: Int[Array, "rows width"],
     query_start: Int[Array, "rows_plus_one"],
@@ -29,16 +29,20 @@ def paged_attention(
     scale: float,
     max_query_length: int,
     window: Int[Array, ""] | int | None = None,
+    chunk: Int[Array, ""] | int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, "heads"] | None = None,
+    value_dim: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "tokens heads dv"], Float[Array, "tokens heads"]]:
     """Causal attention of ragged rows of queries over a paged cache, and its log-sum-exp.
 
     Row r owns the queries `q[query_start[r]:query_start[r + 1]]`; the last of them stands at
     position `lengths[r] - 1`, and the keys of all of them are in the pages already. A `window` of w
-    sees the last w positions, 0 or None all. Queries outside every row give 0, and -inf as
-    log-sum-exp. With `max_query_length=1` and as many queries as rows, row r owns query r.
+    sees the last w positions, a `chunk` of c those since the last multiple of c; 0 or None is all.
+    Queries outside every row give 0, and -inf as log-sum-exp. Without `v_pages`, values are the
+    first `value_dim` features of the keys, as in multi-head latent attention. With
+    `max_query_length=1` and as many queries as rows, row r owns query r.
 
     `implementation=None` takes the Hopper kernel for one query a row or for many where it can run,
     else the XLA reference. Naming one raises NotImplementedError for what it does not cover.
@@ -54,6 +58,8 @@ def paged_attention(
         one_each = max_query_length == 1 and q.shape[0] == lengths.shape[0]
         name = implementation or ("decode_sm90" if one_each else "prefill_sm90")
         try:
+            if v_pages is None or chunk is not None:
+                raise NotImplementedError("takes values of their own, and no chunks")
             device = _hopper_device()
             if name == "prefill_sm90":
                 attended = _prefill(device, q, k_pages, v_pages, *ragged, options)
@@ -72,7 +78,14 @@ def paged_attention(
             _log_pick(name, f"on {device.device_kind}")
             return attended
     return reference.paged_attention(
-        q, k_pages, v_pages, *ragged, max_query_length=max_query_length, **options
+        q,
+        k_pages,
+        v_pages,
+        *ragged,
+        max_query_length=max_query_length,
+        chunk=chunk,
+        value_dim=value_dim,
+        **options,
     )
 
 

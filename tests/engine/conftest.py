@@ -17,8 +17,8 @@ from llmjax.engine.batch import Bucket, pack_schedule, sampling_columns
 from llmjax.engine.request import Request
 from llmjax.engine.schedule import Schedule, Work
 from llmjax.engine.step import StepMaker, Weights, replicate, unpack
-from llmjax.layers.kv_cache import KVCache, empty_cache
-from llmjax.models.decoder import LayerLoop, head_slots
+from llmjax.layers.kv_cache import Cache, empty_cache
+from llmjax.models.decoder import RunOptions, cache_shapes
 from llmjax.models.registry import find_family
 from llmjax.weights import open_checkpoint
 from llmjax.weights.model import abstract_decoder, load_model
@@ -85,8 +85,10 @@ def llm_on() -> Callable[..., LLM]:
 def logits_on() -> Callable[..., Callable[[list[list[list[int]]]], np.ndarray]]:
     """`logits_on(folder, plan)(prompts of each batch rank)`."""
 
-    def build(folder: Path, plan: ParallelPlan, *, layer_loop: LayerLoop = "scan") -> Any:
-        return LogitsProgram(folder, plan, layer_loop).run
+    plain = RunOptions()
+
+    def build(folder: Path, plan: ParallelPlan, options: RunOptions = plain) -> Any:
+        return LogitsProgram(folder, plan, options).run
 
     return build
 
@@ -101,7 +103,7 @@ class LogitsProgram:
     page_size = 4
     bucket = Bucket(prefill_tokens=2 * prefill, decodes=2, prefill_rows=2, width=6)
 
-    def __init__(self, folder: Path, plan: ParallelPlan, layer_loop: LayerLoop) -> None:
+    def __init__(self, folder: Path, plan: ParallelPlan, options: RunOptions) -> None:
         checkpoint = open_checkpoint(folder)
         family = find_family(checkpoint.config)
         config = family.read_config(checkpoint.config)
@@ -118,12 +120,11 @@ class LogitsProgram:
             vocab_size=config.vocab_size,
             max_logprobs=0,
             processors=(),
-            layer_loop=layer_loop,
+            options=options,
         )
         pages = self.bucket.decodes * self.bucket.width * self.rules.size("pages")
-        slots = head_slots(config, self.rules).num_kv
-        shape = (config.num_layers, pages, self.page_size, slots, config.head_dim)
-        self.empty_cache = partial(empty_cache, shape, dtype, self.rules)
+        shapes = cache_shapes(config, self.rules, pages=pages, page_size=self.page_size)
+        self.empty_cache = partial(empty_cache, shapes, dtype, self.rules)
 
     def run(self, prompts: list[list[list[int]]]) -> np.ndarray:
         """Logits [ranks, prompts, positions, vocab] of each batch rank's own prompts."""
@@ -143,15 +144,13 @@ class LogitsProgram:
         return np.concatenate([prefilled, np.stack(decoded, axis=2)], axis=2)
 
     def _compute(
-        self, weights: Weights, cache: KVCache, packed: jax.Array
-    ) -> tuple[jax.Array, KVCache]:
+        self, weights: Weights, cache: Cache, packed: jax.Array
+    ) -> tuple[jax.Array, Cache]:
         ranks = len(packed)
         unused = jnp.zeros((ranks, 1), jnp.int32, out_sharding=self.rules.spec("requests", None))
         inputs = unpack(packed, unused, self.bucket, rules=self.rules)
         decoder = self.maker.decoder(weights)
-        hidden, cache = decoder(
-            inputs.ids, cache, inputs.placement, layer_loop=self.maker.layer_loop
-        )
+        hidden, cache = decoder(inputs.ids, cache, inputs.placement, options=self.maker.options)
         spec = self.rules.spec(None, "vocab")
         logits = jnp.einsum("te,ev->tv", replicate(hidden), decoder.head, out_sharding=spec)
         logits = replicate(logits)[:, : self.maker.vocab_size]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llmjax import LLM, SamplingParams
+from llmjax.models.decoder import RunOptions
 from meshes import ParallelPlan, Rules, presets
 
 TOLERANCE = 2e-4
@@ -83,7 +84,7 @@ def test_logits_are_hugging_faces_on_every_plan(family, plan, golden, logits_on)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("plan", [ONE_DEVICE, MIXED], ids=str)
 def test_unrolled_layers_give_the_same_logits(family, plan, golden, logits_on):
-    logits_of = logits_on(golden(family).folder, plan, layer_loop="unroll")
+    logits_of = logits_on(golden(family).folder, plan, RunOptions(layer_loop="unroll"))
     assert_logits_are_golden(golden(family), logits_of, plan)
 
 

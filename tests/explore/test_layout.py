@@ -17,7 +17,7 @@ from llmjax.explore import (
     lay_out,
     list_tensors,
 )
-from llmjax.layers.kv_cache import empty_cache
+from llmjax.layers.kv_cache import KVCache, empty_cache
 from llmjax.models.registry import find_family
 from llmjax.weights import EMBEDDED_MODEL, open_checkpoint
 from llmjax.weights.model import declared_params
@@ -50,8 +50,7 @@ def make_arrays(plan: ParallelPlan, layout: Layout) -> dict[str, jax.Array]:
         for name, param in declared_params(CONFIG, rules, jnp.dtype("float32")).items():
             arrays[name] = jnp.zeros(param.shape, param.dtype, out_sharding=param.out_sharding)
         shape = layout.kv_cache.shape
-        assert len(shape) == 5
-        arrays["kv_cache"] = empty_cache(shape, jnp.float32, rules).k
+        arrays["kv_cache"] = empty_cache(KVCache._make([shape, shape]), jnp.float32, rules).k
     return arrays
 
 
@@ -119,7 +118,7 @@ def test_a_plan_for_more_devices_than_there_are_is_laid_out():
     config = replace(config, intermediate_size=53248, vocab_size=128256)
     layout = lay_out(config, ParallelPlan(dp=32, tp=16))
     assert layout.num_bytes > 800e9
-    assert layout["layers.mlp.down"].device_bytes * 16 == layout["layers.mlp.down"].num_bytes
+    assert layout["mlp.down"].device_bytes * 16 == layout["mlp.down"].num_bytes
 
 
 def test_a_stack_that_does_not_divide_is_refused_with_its_name():

@@ -44,8 +44,9 @@ def random(shape, dtype=np.float32, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def abstract(shape, spec, *, stacked=False, dtype=jnp.float32):
-    return AbstractParam(shape=shape, dtype=jnp.dtype(dtype), spec=spec, stacked=stacked)
+def abstract(shape, spec, *, stacked=False, layers=None, dtype=jnp.float32):
+    layers = tuple(range(shape[0])) if stacked else layers
+    return AbstractParam(shape=shape, dtype=jnp.dtype(dtype), spec=spec, layers=layers)
 
 
 SLOTS = np.array([[0, 1, -1], [2, -1, 0]])
@@ -107,13 +108,11 @@ def test_a_stack_arrives_under_every_layout(mesh, spec):
     assert sorted(checkpoint.names_read) == sorted(arrays)
 
 
-def test_layer_index_says_which_layer_a_row_holds_and_which_rows_are_zero(mesh):
+def test_a_parameter_says_which_layer_a_row_holds_and_which_rows_are_zero(mesh):
     arrays = {f"{i}.w": random((8,), seed=i) for i in range(3)}
     source = Source(name="{layer}.w", shape=(8,))
-    params = {"w": abstract((4, 8), P("pp"), stacked=True)}
-    loaded = load_weights(
-        params, {"w": (source,)}, MemoryCheckpoint(arrays), mesh, layer_index=[0, 1, 2, -1]
-    )["w"]
+    params = {"w": abstract((4, 8), P("pp"), layers=(0, 1, 2, -1))}
+    loaded = load_weights(params, {"w": (source,)}, MemoryCheckpoint(arrays), mesh)["w"]
     np.testing.assert_array_equal(loaded, [*arrays.values(), np.zeros(8)])
 
 

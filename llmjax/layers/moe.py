@@ -1,0 +1,226 @@
+"""Mixture of experts: a router, the experts that a token is sent to, and one that all pass."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from llmjax.config import ExpertConfig, ModelConfig
+from llmjax.layers.mlp import GatedMLP
+from llmjax.layers.params import Declare
+from llmjax.parallel.collectives import axis_index, island
+from llmjax.parallel.expert_dispatch import Dispatch, dispatch_experts
+from meshes import Rules
+from pallas_kernels import grouped_gemm
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchOptions:
+    """How tokens reach their experts; the results are the same."""
+
+    method: Dispatch | Literal["auto"] = "auto"
+    """auto: what moves the fewest bytes in a step of that many tokens."""
+    max_num_tokens: int | None = None
+    """Tokens that a rank sends at once; more go in rounds."""
+
+
+class ExpertWeights(NamedTuple):
+    """Weights of all experts, or in their places what goes with each; biases may be None."""
+
+    gate_up: Float[Array, "layers experts embed 2 ffn"]
+    down: Float[Array, "layers experts ffn embed"]
+    gate_up_bias: Float[Array, "layers experts 2 ffn"] | None
+    down_bias: Float[Array, "layers experts embed"] | None
+
+
+class Experts(nnx.Module):
+    """The weights of routed experts, by expert slot; slots beyond the experts stay empty.
+
+    The stack of all layers stays whole: kernels index it themselves, a slice would be a copy.
+    """
+
+    def __init__(self, config: ModelConfig, *, declare: Declare):
+        assert config.experts is not None
+        experts, embed, rules = config.experts, config.hidden_size, declare.rules
+        slots = num_slots(experts, rules)
+        ffn = experts.ffn + -experts.ffn % rules.size("expert_ffn")
+        bias = experts.bias
+        self.gate_up = declare.param(
+            (slots, embed, 2, ffn), ("experts", None, None, "expert_ffn"), fan_in=embed
+        )
+        self.down = declare.param(
+            (slots, ffn, embed), ("experts", "expert_ffn", None), fan_in=experts.ffn
+        )
+        self.gate_up_bias = (
+            declare.param((slots, 2, ffn), ("experts", None, "expert_ffn"), init="zeros")
+            if bias
+            else None
+        )
+        self.down_bias = (
+            declare.param((slots, embed), ("experts", None), init="zeros") if bias else None
+        )
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The stacks as they are."""
+        bias, down_bias = self.gate_up_bias, self.down_bias
+        return ExpertWeights(
+            gate_up=self.gate_up[...],
+            down=self.down[...],
+            gate_up_bias=None if bias is None else bias[...],
+            down_bias=None if down_bias is None else down_bias[...],
+        )
+
+
+class MoE(nnx.Module):
+    """Sends each token to its experts and adds what they return."""
+
+    def __init__(self, config: ModelConfig, *, declare: Declare):
+        assert config.experts is not None
+        experts, embed = config.experts, config.hidden_size
+        self.config, self.rules = experts, declare.rules
+        count = (experts.num_experts,)
+        self.router = declare.param((embed, *count), (None, None), fan_in=embed)
+        self.router_bias = (
+            declare.param(count, (None,), init="zeros") if experts.router_bias else None
+        )
+        self.correction_bias = (
+            declare.param(count, (None,), init="zeros", dtype=jnp.float32)
+            if experts.correction_bias
+            else None
+        )
+        self.shared = (
+            GatedMLP(embed, experts.shared_ffn, activation=config.activation, declare=declare)
+            if experts.shared_ffn
+            else None
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "tokens embed"],
+        weights: ExpertWeights,
+        layer: Int[Array, ""],
+        options: DispatchOptions,
+    ) -> Float[Array, "tokens embed"]:
+        """`weights` are those of all layers, of which `layer` is used."""
+        experts, gates = self._route(x)
+        with jax.named_scope("experts"):
+            out = dispatch_experts(
+                x,
+                experts,
+                gates,
+                weights,
+                expert_specs(weights, self.rules),
+                layer,
+                _ComputeExperts(self.config.activation, self.rules),
+                method="allreduce" if options.method == "auto" else options.method,
+                max_num_tokens=options.max_num_tokens,
+                rules=self.rules,
+                scale_inputs=self.config.scale_inputs,
+            )
+        return out if self.shared is None else out + self.shared(x)
+
+    @jax.named_scope("route")
+    def _route(
+        self, x: Float[Array, "tokens embed"]
+    ) -> tuple[Int32[Array, "tokens top_k"], Float32[Array, "tokens top_k"]]:
+        # Logits in float32, as the families do: experts are chosen by small differences.
+        logits = jnp.einsum(
+            "te,ex->tx",
+            x,
+            self.router[...].astype(x.dtype),
+            out_sharding=self.rules.spec("tokens", None),
+            preferred_element_type=jnp.float32,
+        )
+        if self.router_bias is not None:
+            logits = logits + self.router_bias[...].astype(jnp.float32)
+        correction = None if self.correction_bias is None else self.correction_bias[...]
+        tokens = self.rules.spec("tokens", None)
+
+        def body(logits: Array, correction: Array | None) -> tuple[Array, Array]:
+            return choose_experts(logits, correction, self.config)
+
+        return island(body, in_specs=(tokens, self.rules.spec(None)), out_specs=(tokens, tokens))(
+            logits, correction
+        )
+
+
+def choose_experts(
+    logits: Float32[Array, "tokens experts"],
+    correction: Float32[Array, " experts"] | None,
+    config: ExpertConfig,
+) -> tuple[Int32[Array, "tokens top_k"], Float32[Array, "tokens top_k"]]:
+    """Experts of each token, in falling order of choice, and their gates.
+
+    Source: Mixtral (Jiang et al., 2024); groups and correction bias of DeepSeek-V2 and V3 (2024).
+    """
+    scores = jax.nn.softmax(logits) if config.scoring == "softmax" else jax.nn.sigmoid(logits)
+    choice = scores if correction is None else scores + correction
+    if config.top_groups < config.num_groups:
+        grouped = choice.reshape(len(choice), config.num_groups, -1)
+        best = lax.top_k(grouped, config.group_best)[0].sum(-1)
+        _, kept = lax.top_k(best, config.top_groups)
+        allowed = jnp.zeros_like(best, bool).at[jnp.arange(len(best))[:, None], kept].set(True)
+        choice = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(choice.shape)
+    _, experts = lax.top_k(choice, config.top_k)
+    gates = jnp.take_along_axis(scores, experts, axis=-1)
+    if config.normalize:
+        # Sigmoids may all be zero.
+        gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
+    return experts, gates * config.scaling_factor
+
+
+def num_slots(config: ExpertConfig, rules: Rules) -> int:
+    """Expert slots: the experts, padded to divide over the ranks that hold them."""
+    return config.num_experts + -config.num_experts % rules.size("experts")
+
+
+def expert_specs(weights: ExpertWeights, rules: Rules) -> ExpertWeights:
+    """PartitionSpecs in the places of the weights, inside a pipeline stage."""
+    axes = (
+        ("experts", None, None, "expert_ffn"),
+        ("experts", "expert_ffn", None),
+        ("experts", None, "expert_ffn"),
+        ("experts", None),
+    )
+    return ExpertWeights._make(
+        None if weight is None else rules.spec(None, *logical)
+        for weight, logical in zip(weights, axes, strict=True)
+    )
+
+
+class _ComputeExperts(NamedTuple):
+    """What a rank does with the rows that its experts got; runs inside an island."""
+
+    activation: str
+    rules: Rules
+
+    def __call__(
+        self,
+        rows: Float[Array, "rows embed"],
+        group_sizes: Int32[Array, " experts"],
+        expert_of_row: Int32[Array, " rows"],
+        weights: ExpertWeights,
+        layer: Int[Array, ""],
+    ) -> Float[Array, "rows embed"]:
+        """Sums over this rank's part of the experts' features; the caller adds the parts."""
+        layers, experts, embed, _, ffn = weights.gate_up.shape
+        bias = weights.gate_up_bias
+        hidden = grouped_gemm(
+            rows,
+            weights.gate_up.reshape(layers, experts, embed, 2 * ffn),
+            group_sizes,
+            layer,
+            bias=None if bias is None else bias.reshape(layers, experts, 2 * ffn),
+            activation=self.activation,
+        )
+        out = grouped_gemm(hidden, weights.down, group_sizes, layer)
+        if weights.down_bias is not None:
+            # Ranks that share an expert add their results: one of them brings the bias.
+            first = axis_index(self.rules.axes("expert_ffn")) == 0
+            out = out + jnp.where(first, weights.down_bias[layer], 0)[expert_of_row]
+        return out

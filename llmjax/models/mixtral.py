@@ -1,0 +1,59 @@
+"""Mixtral (Jiang et al., 2024): experts in every layer."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from llmjax.config import ExpertConfig, ModelConfig
+from llmjax.models.family import (
+    ROTARY_BUFFERS,
+    Family,
+    Sources,
+    read_dense_config,
+    read_layers,
+    require,
+)
+from llmjax.models.sources import (
+    PRE_NORMS,
+    ExpertNames,
+    attention_sources,
+    expert_sources,
+    norm_sources,
+    outer_sources,
+)
+from llmjax.parallel.head_slots import HeadSlots
+
+NAMES = ExpertNames(prefix="block_sparse_moe.", gate="w1", up="w3", down="w2")
+
+
+def read_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """A window, where one is given, slides in all layers."""
+    experts = ExpertConfig(
+        num_experts=require(hf, "num_local_experts"),
+        top_k=require(hf, "num_experts_per_tok"),
+        ffn=require(hf, "intermediate_size"),
+        normalize=True,
+    )
+    return read_dense_config(
+        {"rms_norm_eps": 1e-5, **hf},
+        experts=experts,
+        layers=read_layers(hf, "sliding_attention", experts=True),
+    )
+
+
+def sources(config: ModelConfig, slots: HeadSlots, names: Collection[str]) -> Sources:
+    """Experts are called w1 (gate), w3 (up) and w2 (down)."""
+    return {
+        **outer_sources(config),
+        **norm_sources(config, PRE_NORMS),
+        **attention_sources(config, slots),
+        **expert_sources(config, names, NAMES),
+    }
+
+
+FAMILY = Family(
+    architectures=("MixtralForCausalLM",),
+    model_types=("mixtral",),
+    read_config=read_config,
+    sources=sources,
+    ignored=ROTARY_BUFFERS,
+)
