@@ -7,6 +7,8 @@ from typing import Any, Literal, Self
 
 import jax.numpy as jnp
 
+from meshes.errors import shorten
+
 
 class ConfigError(ValueError):
     """A value that a user gave and that cannot be honoured."""
@@ -445,7 +447,7 @@ class SamplingParams:
 
 def _check(valid: bool, key: str, value: Any, range_text: str) -> None:
     if not valid:
-        raise ConfigError(f"{key}={value!r} is out of range: use {range_text}.")
+        raise ConfigError(f"{key}={shorten(value)} is out of range: use {range_text}.")
 
 
 def _is_whole(value: Any) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from llmjax.config import ALIASES, ConfigError, EngineConfig
 from meshes import ParallelPlan, PlanError
+from meshes.errors import shorten
 from meshes.trtllm import (
     KEYS,
     PLAN_KEYS,
@@ -48,7 +49,8 @@ def resolve(
         if key is not None and key.partition(".")[0] in words:
             raise ConfigError(f"{key} and {name} are the same option: give one of them.")
         if key is not None and options[name] != value:
-            notes.append(f"{name}={value} beats {key}={options[name]} of the plan {str(plan)!r}.")
+            beaten = f"{key}={shorten(options[name])}"
+            notes.append(f"{name}={shorten(value)} beats {beaten} of the plan {str(plan)!r}.")
         options[name] = value
     EngineConfig.from_keywords(options, names=deployment.names)
     for note in notes:
@@ -70,14 +72,14 @@ def check_that_it_runs(plan: ParallelPlan) -> None:
 
 def _rename(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Our names for vLLM's words, without what is None."""
-    given: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
     for key, value in keywords.items():
-        name = ALIASES.get(key, key)
-        if name in given:
-            raise ConfigError(f"{key} and {name} are the same option: give one of them.")
-        if value is not None:
-            given[name] = value
-    return given
+        if value is None:
+            continue
+        first = spelled.setdefault(ALIASES.get(key, key), key)
+        if first != key:
+            raise ConfigError(f"{first} and {key} are the same option: give one of them.")
+    return {name: keywords[key] for name, key in spelled.items()}
 
 
 def _read(

@@ -1,6 +1,5 @@
 """A parallel plan: how many ranks each mesh axis has, and how attention uses them."""
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import prod
@@ -9,7 +8,7 @@ from typing import Any, Literal, Self, TypeGuard
 
 from meshes.axes import MESH_AXES
 from meshes.documents import presets, read_document
-from meshes.errors import PlanError
+from meshes.errors import PlanError, shorten
 
 __all__ = ["ParallelPlan", "PlanError", "presets"]
 
@@ -57,15 +56,15 @@ class ParallelPlan:
         for key, size in sizes.items():
             if not is_size(size):
                 raise PlanError(
-                    f"{key}={reprlib.repr(size)} is not a size: use a whole number from 1 up."
+                    f"{key}={shorten(size)} is not a size: use a whole number from 1 up."
                 )
         self._check_stages()
         if self.cp_type not in ("RING", "HELIX"):
-            kind = reprlib.repr(self.cp_type)
+            kind = shorten(self.cp_type)
             raise PlanError(f'cp_type={kind} does not exist: use "RING" or "HELIX".')
         if self.attention_dp not in (False, True, "partial"):
             raise PlanError(
-                f"attention_dp={reprlib.repr(self.attention_dp)} does not exist: use False (heads "
+                f"attention_dp={shorten(self.attention_dp)} does not exist: use False (heads "
                 "over ep and tp), True (requests over both) or "
                 '"partial" (requests over ep, heads over tp).'
             )
@@ -89,7 +88,7 @@ class ParallelPlan:
         stages = self.pp_partition
         if not isinstance(stages, list | tuple) or not all(map(is_size, stages)):
             raise PlanError(
-                f"pp_partition={reprlib.repr(stages)} is no list of layer counts: give each stage "
+                f"pp_partition={shorten(stages)} is no list of layer counts: give each stage "
                 "a whole number from 1 up, such as [16, 16]."
             )
         if len(stages) != self.pp:

@@ -156,8 +156,9 @@ def _list_values(values: tuple[Any, ...]) -> str:
 def _describe_unknown(given: Given) -> str:
     if engines := sorted(_find_engines(given)):
         return f"{given.key} (holds several engines: give one, such as file.yaml#{engines[0]})"
-    close = difflib.get_close_matches(given.key, KEYS, n=1)
-    return f"{given.key} (unknown" + (f": did you mean {close[0]}?)" if close else ")")
+    name = given.key[:100]
+    close = difflib.get_close_matches(name, KEYS, n=1)
+    return f"{name} (unknown" + (f": did you mean {close[0]}?)" if close else ")")
 
 
 def _find_engines(given: Given) -> Iterator[str]:

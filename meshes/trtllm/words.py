@@ -1,11 +1,10 @@
 """What a configuration says, by what it sets: the common form of YAML, keywords and flags."""
 
-import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from meshes.errors import PlanError
+from meshes.errors import PlanError, shorten
 from meshes.plan import is_size
 from meshes.trtllm.keys import KEYS, SECTIONS, Honoured
 
@@ -18,7 +17,7 @@ class Given:
     value: Any
 
     def __str__(self) -> str:
-        return f"{self.key}={reprlib.repr(self.value)}"
+        return f"{self.key}={shorten(self.value)}"
 
 
 class Words(dict[str, Given]):
@@ -73,6 +72,6 @@ def _flatten(mapping: Mapping[Any, Any], origin: str) -> Iterator[Given]:
         else:
             first = next(name for name in KEYS if name.startswith(f"{key}."))
             raise PlanError(
-                f"{origin} gives {key}={reprlib.repr(value)}: it must hold a mapping, such as "
+                f"{origin} gives {key}={shorten(value)}: it must hold a mapping, such as "
                 f"`{key}: {{{first.partition('.')[2]}: ...}}`."
             )
