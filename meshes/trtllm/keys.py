@@ -123,6 +123,9 @@ _FIXED: dict[str, Fate] = {
         ("auto", False), "it chooses between two programs of TensorRT-LLM"
     ),
     "kv_cache_config.mamba_ssm_cache_dtype": Fixed(("auto",), "no model with Mamba layers runs"),
+    "kv_cache_config.mamba_ssm_stochastic_rounding": Fixed(
+        (False,), "no model with Mamba layers runs"
+    ),
     "kv_cache_config.enable_partial_reuse": Fixed((False,), "whole pages are reused, never parts"),
     "kv_cache_config.copy_on_partial_reuse": Fixed((False,), "whole pages are reused, never parts"),
     "kv_cache_config.host_cache_size": Fixed((0,), "the cache stays on the device"),
@@ -166,6 +169,8 @@ _NOT_YET = {
     "kv_cache_config.event_buffer_max_size": "the cache publishes no events yet",
     "kv_cache_config.max_attention_window": "windows come from the model's configuration",
     "kv_cache_config.sink_token_length": "sinks come from the model's configuration",
+    "kv_cache_config.mamba_ssm_philox_rounds": "no model with Mamba layers runs",
+    "kv_cache_config.avg_seq_len": "use max_tokens or free_gpu_memory_fraction",
     "kv_cache_config.max_gpu_total_bytes": "use max_tokens or free_gpu_memory_fraction",
     "scheduler_config": "the scheduler has one policy: first come, first served, with preemption",
     "batch_wait_timeout_ms": "a schedule reads no clock, so that all processes compute the same",
@@ -174,6 +179,7 @@ _NOT_YET = {
     "nvfp4_gemm_config": "quantised execution does not run yet",
     "torch_compile_config": "XLA compiles every step",
     "enable_autotuner": "kernels have fixed block sizes for each class of shapes",
+    "env_overrides": "they are variables of TensorRT-LLM's own kernels",
     "max_input_len": "use max_seq_len, which counts generated tokens too",
     "max_prompt_adapter_token": "prompt adapters do not exist here",
     "moe_backend": "use moe_config.backend",

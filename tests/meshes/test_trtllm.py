@@ -23,6 +23,29 @@ def keys_of(fate: type) -> list[str]:
     return [key for key, known in KEYS.items() if isinstance(known, fate)]
 
 
+def render_keys() -> str:
+    """The keys as the Markdown table of docs/trtllm.md."""
+    rows = ["| key | here |", "|---|---|"]
+    for key, fate in KEYS.items():
+        match fate:
+            case Honoured():
+                text = fate.meaning
+            case Fixed():
+                values = " or ".join(f"`{str(value).lower()}`" for value in fate.values)
+                text = f"only {values}: {fate.reason}"
+            case Noted():
+                text = f"accepted with a note: {fate.note}"
+            case Refused():
+                text = f"refused: {fate.reason}"
+        rows.append(f"| `{key}` | {text} |")
+    return "\n".join(rows)
+
+
+def test_the_page_about_the_keys_shows_the_table_of_the_code():
+    page = (Path(__file__).parents[2] / "docs" / "trtllm.md").read_text()
+    assert render_keys() in page, f"put this table into docs/trtllm.md:\n{render_keys()}"
+
+
 # Published configurations.
 
 
