@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -127,25 +128,16 @@ class LLM:
         """
         batch = as_batch(prompts)
         params = self._params_of_each(sampling_params, len(batch))
-        requests = self._submit(batch, params)
+        requests = self._submit(batch, params, streams=False)
         completions = [completion for group in requests for completion in group]
-        bar = tqdm(
-            total=len(batch),
-            desc="generating",
-            unit="prompt",
-            disable=not (use_tqdm and self.progress),
-        )
-        started = time.perf_counter()
+        unfinished = deque(completions)
+        bar = _ProgressBar(requests, shown=use_tqdm and self.progress)
         try:
-            while unfinished := [one for one in completions if not one.is_finished]:
+            while unfinished:
                 self._advance(unfinished[0])
-                _take_deltas(completions)
-                done = sum(all(one.is_finished for one in group) for group in requests)
-                if done > bar.n:
-                    tokens = sum(len(one.token_ids) for one in completions)
-                    rate = tokens / (time.perf_counter() - started)
-                    bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
-                    bar.update(done - bar.n)
+                while unfinished and unfinished[0].is_finished:
+                    unfinished.popleft()
+                bar.update()
             check_agreement({"the steps computed": self.engine.scheduler.digest()})
             pairs = zip(batch, requests, strict=True)
             return [self._collect(prompt, group) for prompt, group in pairs]
@@ -233,9 +225,9 @@ class LLM:
         return list(params)
 
     def _submit(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], *, streams: bool = True
     ) -> list[list[Completion]]:
-        """Queues all prompts or, if one of them is refused, none."""
+        """Queues all prompts or, if one of them is refused, none; deltas come if it `streams`."""
         encoded = [encode_prompt(prompt, self.tokenizer) for prompt in prompts]
         shared = broadcast([encoded, [asdict(one) for one in params]])
         encoded, params = shared[0], [_params_from_json(one) for one in shared[1]]
@@ -245,14 +237,16 @@ class LLM:
                 for ids, one in zip(encoded, params, strict=True):
                     groups.append([])
                     for index in range(one.n):
-                        groups[-1].append(self._start(ids, one, index))
+                        groups[-1].append(self._start(ids, one, index, streams))
             except BaseException:
                 for group in groups:
                     self._close(group)
                 raise
         return groups
 
-    def _start(self, ids: Sequence[int], params: SamplingParams, index: int) -> Completion:
+    def _start(
+        self, ids: Sequence[int], params: SamplingParams, index: int, streams: bool
+    ) -> Completion:
         number, self._num_requests = self._num_requests, self._num_requests + 1
         own_stops = () if params.ignore_eos else self._stop_ids
         room = self.engine.scheduler.config.max_seq_len
@@ -265,7 +259,7 @@ class LLM:
             seed=_noise_seed(params.seed, index, self.engine.runner.engine.seed, number),
         )
         self.engine.submit(request)
-        interval = self.engine.runner.engine.stream_interval
+        interval = self.engine.runner.engine.stream_interval if streams else None
         completion = Completion(request, index, self.tokenizer, stream_interval=interval)
         self._live[number] = completion
         return completion
@@ -349,6 +343,35 @@ def _describe_step(engine: Engine, started: float) -> str:
         f"step {stats.steps}: {scheduler.num_running} running, {scheduler.num_waiting} waiting, "
         f"{stats.tokens} tokens so far, {milliseconds:.1f} ms"
     )
+
+
+class _ProgressBar:
+    """Prompts done and tokens a second, looked up a few times a second: counting takes its time."""
+
+    def __init__(self, requests: Sequence[Sequence[Completion]], *, shown: bool):
+        self._requests = requests
+        self._bar = tqdm(total=len(requests), desc="generating", unit="prompt", disable=not shown)
+        self._started = self._updated = time.perf_counter()
+
+    def update(self) -> None:
+        """Shows where the requests are, unless that was done a moment ago."""
+        now = time.perf_counter()
+        if not self._bar.disable and now > self._updated + 0.2:
+            self._updated = now
+            self._show()
+
+    def close(self) -> None:
+        """Shows where the requests are, and leaves it at that."""
+        if not self._bar.disable:
+            self._show()
+        self._bar.close()
+
+    def _show(self) -> None:
+        done = sum(all(one.is_finished for one in group) for group in self._requests)
+        tokens = sum(len(one.token_ids) for group in self._requests for one in group)
+        rate = tokens / (time.perf_counter() - self._started)
+        self._bar.set_postfix_str(f"{rate:.1f} tokens/s", refresh=False)
+        self._bar.update(done - self._bar.n)
 
 
 def _take_deltas(group: Sequence[Completion]) -> list[Delta]:

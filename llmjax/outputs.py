@@ -87,8 +87,9 @@ class Completion:
         index: int,
         tokenizer: Tokenizer | None,
         *,
-        stream_interval: int = 1,
+        stream_interval: int | None = 1,
     ):
+        """A delta comes every `stream_interval` tokens; None where nobody will take deltas."""
         self.request, self.index = request, index
         self._interval = stream_interval
         self._unsent_text = ""
@@ -100,7 +101,6 @@ class Completion:
         params = request.params
         self._tokenizer = tokenizer
         self._decoder = StreamDecoder(tokenizer, params.skip_special_tokens) if tokenizer else None
-        self._seen = 0
         self._held = ""
         self.token_ids: list[int] = []
 
@@ -111,47 +111,54 @@ class Completion:
 
     def update(self) -> None:
         """Takes in the request's new tokens; sets `stop_text` when one is reached."""
-        if self.is_finished:
+        if self.finish_reason is not None:
             return
-        request, params = self.request, self.request.params
-        new = request.output_ids[self._seen :]
-        self._seen += len(new)
+        request = self.request
+        new = request.token_ids[request.num_prompt + len(self.token_ids) :]
         self.token_ids += new
+        text = self._decode(new, self._decoder) if self._decoder is not None else ""
+        self.text += text
+        if self.stop_text is not None:
+            self.finish_reason = "stop"
+        elif request.is_finished:
+            self.finish_reason = request.finish_reason
+        if self._interval is not None and (text or new or self.is_finished):
+            self._send(text, self._interval)
+
+    def _decode(self, new: Sequence[int], decoder: StreamDecoder) -> str:
+        """Text that is certain with these tokens, up to a stop text."""
+        request, params = self.request, self.request.params
         ended = request.is_finished
-        shown = new
         # The token that stopped generation is no part of the text.
         if ended and request.finish_reason == "stop" and not params.include_stop_str_in_output:
-            shown = new[:-1]
-        text = self._held
-        if self._decoder is not None:
-            text += self._decoder.push(shown)
-            text += self._decoder.flush() if ended else ""
+            new = new[:-1]
+        text = self._held + decoder.push(new)
+        self._held = ""
+        if ended:
+            text += decoder.flush()
         # Stop texts, like stop tokens, count only after min_tokens.
-        stops = params.stop if len(self.token_ids) > params.min_tokens else ()
-        text = self._cut_at_stop(text, stops)
-        if self.stop_text is not None or ended:
-            self._held = ""
-            self.finish_reason = "stop" if self.stop_text is not None else request.finish_reason
-        else:
-            self._held = text[len(text) - _held_back(text, stops) :]
-            text = text[: len(text) - len(self._held)]
-        self.text += text
-        self._unsent_text += text
-        if (text or new or self.is_finished) and self._is_due():
-            self.deltas.append(
-                Delta(
-                    index=self.index,
-                    text=self._unsent_text,
-                    token_ids=tuple(self.token_ids[self._num_sent :]),
-                    finish_reason=self.finish_reason,
-                )
-            )
-            self._unsent_text, self._num_sent = "", len(self.token_ids)
+        if params.stop and len(self.token_ids) > params.min_tokens:
+            text = self._cut_at_stop(text, params.stop)
+            if self.stop_text is None and not ended:
+                certain = len(text) - _held_back(text, params.stop)
+                text, self._held = text[:certain], text[certain:]
+        return text
 
-    def _is_due(self) -> bool:
-        """Whether a stream gets what is there: the first token at once, then by intervals."""
-        passed = len(self.token_ids) // self._interval > self._num_sent // self._interval
-        return passed or self._num_sent == 0 or self.is_finished
+    def _send(self, text: str, interval: int) -> None:
+        """Gives a stream what is there, where it is due: the first token, then by intervals."""
+        self._unsent_text += text
+        passed = len(self.token_ids) // interval > self._num_sent // interval
+        if not (passed or self._num_sent == 0 or self.is_finished):
+            return
+        self.deltas.append(
+            Delta(
+                index=self.index,
+                text=self._unsent_text,
+                token_ids=tuple(self.token_ids[self._num_sent :]),
+                finish_reason=self.finish_reason,
+            )
+        )
+        self._unsent_text, self._num_sent = "", len(self.token_ids)
 
     def describe(self, entries: Sequence[TokenLogprobs]) -> CompletionOutput:
         """What the user gets; `entries` are the engine's log-probabilities of its tokens."""
