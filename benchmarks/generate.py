@@ -35,6 +35,25 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     },
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "max_position_embeddings": 40960,
+        "rope_theta": 1000000.0,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    },
 }
 """Published configurations that run with random weights."""
 
@@ -72,7 +91,10 @@ def time_run(llm: LLM, batch: int, prompt: int, new: int, seed: int) -> float:
 
 
 def byte_floor_ms(llm: LLM, batch: int, context: int) -> float | None:
-    """Time to read every weight but the embedding, and the batch's keys and values, once."""
+    """Time to read every weight but the embedding, and the batch's keys and values, once.
+
+    Of routed experts only those count that the batch is expected to use.
+    """
     bandwidth = READ_GBPS.get(jax.devices()[0].device_kind)
     if bandwidth is None:
         return None
@@ -81,6 +103,9 @@ def byte_floor_ms(llm: LLM, batch: int, context: int) -> float | None:
     if "output" not in weights:
         read = weights
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(read))
+    if experts := llm.config.experts:
+        unused = (1 - experts.top_k / experts.num_experts) ** batch
+        total -= unused * sum(leaf.nbytes for leaf in jax.tree.leaves(weights["experts"]))
     config, size = llm.config, jax.tree.leaves(weights)[0].dtype.itemsize
     cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim * size
     return (total + batch * context * cached) / bandwidth / 1e6
