@@ -214,7 +214,8 @@ def _visit_experts(
     if ranks == 1:
         return experts(tokens)
     (count, top_k), embed = tokens.slots.shape, tokens.x.shape[1]
-    owner = jnp.where(tokens.slots >= 0, tokens.slots // num_slots, ranks)
+    # Of slot -1 the owner is -1, no rank, whatever num_slots is.
+    owner = tokens.slots // num_slots
     goes = jnp.any(owner[..., None] == jnp.arange(ranks), axis=1)
     place = jnp.cumsum(goes, axis=0) - 1
     sent = goes.sum(0, dtype=jnp.int32)
