@@ -95,9 +95,11 @@ SHAPES = (
 def programs(shape: Shape, *, tune: bool, num_sms: int) -> Iterator[tuple[str, Callable]]:
     """Name and function of each JAX contender; `llmjax` is what ships, the rest of ours tuning."""
     mean = shape.rows / shape.groups
-    shipped = configs.config_for(rows=shape.rows, groups=shape.groups, k=shape.k, n=shape.n)
+    shipped = configs.config_for(
+        rows=shape.rows, groups=shape.groups, k=shape.k, n=shape.n, num_sms=num_sms
+    )
     for name, config in configs.NAMED.items():
-        plausible = config.max_rows <= 32 if mean <= 24 else config.max_rows > 32
+        plausible = config.max_rows <= 64 if mean <= 48 else config.max_rows > 64
         if config == shipped or (tune and plausible and shape.n % config.columns == 0):
             run = functools.partial(
                 mosaic_sm90.grouped_gemm, layer=0, config=config, num_sms=num_sms

@@ -11,8 +11,9 @@ from pallas_kernels import reference
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import mosaic_sm90
 from pallas_kernels.grouped_gemm.configs import config_for
+from pallas_kernels.grouped_gemm.sort import SortedRows, sort_rows
 
-__all__ = ["grouped_gemm"]
+__all__ = ["SortedRows", "grouped_gemm", "sort_rows"]
 
 IMPLEMENTATIONS = ("mosaic_sm90", "reference")
 
@@ -68,6 +69,7 @@ def grouped_gemm(
                 groups=group_sizes.shape[0],
                 k=rhs.shape[2],
                 n=rhs.shape[3],
+                num_sms=device.core_count,
                 gated=activation is not None,
             )
             mosaic_sm90.check_covered(lhs, rhs, config, activation)

@@ -68,21 +68,23 @@ def for_each_tile(
     workers = lax.axis_size("worker")
     column_tiles = columns // tile_columns
     blocks_per_tile = config.max_rows // BLOCK
-    first = first_ref[0]
+    first, last = first_ref[0], sizes_ref.shape[0] - 1
     start = lax.fori_loop(0, first, lambda g, total: total + sizes_ref[g], jnp.int32(0))
 
     def one_group(group, carry):
-        tile, tiles_before, start, step = carry
-        end = start + sizes_ref[first + group]
+        tile, tiles_before, start, size, step = carry
+        # Read ahead: most groups hold no tile of this worker, and are passed in a few cycles.
+        next_size = sizes_ref[lax.min(first + group + 1, last)]
+        end = start + size
         first_block = lax.div(start, BLOCK)
-        blocks = jnp.where(end > start, lax.div(end + BLOCK - 1, BLOCK) - first_block, 0)
+        blocks = jnp.where(size > 0, lax.div(end + BLOCK - 1, BLOCK) - first_block, 0)
         row_tiles = lax.div(blocks + blocks_per_tile - 1, blocks_per_tile)
-        # A group is cut evenly: two tiles of 136 rows beat one of 256 and one of 16.
-        per_tile = lax.div(blocks + row_tiles - 1, lax.max(row_tiles, 1))
         tiles_after = tiles_before + row_tiles * column_tiles
 
         def one_tile(carry):
             tile, step = carry
+            # A group is cut evenly: two tiles of 136 rows beat one of 256 and one of 16.
+            per_tile = lax.div(blocks + row_tiles - 1, row_tiles)
             column_tile = lax.div(tile - tiles_before, row_tiles)
             row_tile = tile - tiles_before - column_tile * row_tiles
             row = (first_block + row_tile * per_tile) * BLOCK
@@ -99,7 +101,7 @@ def for_each_tile(
             return tile + workers, lax.switch(size_class, branches, step)
 
         tile, step = lax.while_loop(lambda c: c[0] < tiles_after, one_tile, (tile, step))
-        return tile, tiles_after, end, step
+        return tile, tiles_after, end, next_size, step
 
-    tile = lax.axis_index("worker")
-    return lax.fori_loop(0, groups, one_group, (tile, jnp.int32(0), start, jnp.int32(0)))[3]
+    carry = (lax.axis_index("worker"), jnp.int32(0), start, sizes_ref[first], jnp.int32(0))
+    return lax.fori_loop(0, groups, one_group, carry)[-1]

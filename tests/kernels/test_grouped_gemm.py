@@ -160,12 +160,18 @@ def test_program_does_not_grow_with_the_number_of_groups():
     assert size(8) == size(256)
 
 
-@pytest.mark.parametrize("rows", [1, 128, 16384, 65536])
+@pytest.mark.parametrize("rows", [1, 128, 300, 1000, 16384])
 @pytest.mark.parametrize("n, gated", [(1536, False), (192, False), (1536, True), (5760, True)])
 def test_a_configuration_is_found_whose_columns_divide_the_matrix(rows, n, gated):
-    config = configs.config_for(rows=rows, groups=8, k=2048, n=n, gated=gated)
+    config = configs.config_for(rows=rows, groups=8, k=2048, n=n, num_sms=132, gated=gated)
     assert n % config.columns == 0
     assert config.width % 128 == 0 or not gated
+
+
+def test_few_rows_get_tiles_narrow_enough_for_every_multiprocessor():
+    # Two groups of 4096 columns: 32 tiles of 256 columns would leave 100 of 132 without work.
+    config = configs.config_for(rows=2, groups=8, k=14336, n=4096, num_sms=132)
+    assert 2 * 4096 / config.columns > 100
 
 
 @pytest.mark.parametrize(
