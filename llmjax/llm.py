@@ -61,7 +61,7 @@ class LLM:
         plan: ParallelPlan | str | Path | None = None,
         tensor_parallel_size: int | None = None,
         data_parallel_size: int | None = None,
-        enable_attention_dp: bool | None = None,
+        enable_attention_dp: bool | Literal["partial"] | None = None,
         load_format: Literal["auto", "dummy"] = "auto",
         progress: bool = True,
         allow_unsupported: Sequence[str] = (),

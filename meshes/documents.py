@@ -84,4 +84,11 @@ def _parse(text: str, what: str) -> Any:
         raise PlanError(f"{what} is not valid YAML: it is nested too deeply.") from None
     except (yaml.YAMLError, ValueError) as error:
         # A date or a number that does not exist is a ValueError to PyYAML.
-        raise PlanError(f"{what} is not valid YAML: {error}") from None
+        raise PlanError(f"{what} is not valid YAML: {_summarise(error)}") from None
+
+
+def _summarise(error: Exception) -> str:
+    """What PyYAML says in several lines, in one."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        return f"{error.problem}, in line {error.problem_mark.line + 1}."
+    return str(error).splitlines()[0]

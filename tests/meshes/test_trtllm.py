@@ -326,7 +326,9 @@ BAD: dict[str, str] = {
     "tensor_parallel_size: 2020-99-99": "is not valid YAML: month must be in 1..12",
     f"a: {'[' * 3000}": "is not valid YAML",
     "tensor_parallel_size: !!python/object:os.system {}": "is not valid YAML: could not determine",
-    "a: 1\n---\nb: 2": "is not valid YAML: expected a single document",
+    "a: 1\n---\nb: 2": "but found another document, in line 2.",
+    "a: 1\n  b: 2": "mapping values are not allowed here, in line 2.",
+    "a: \0": "is not valid YAML: unacceptable character #x0000",
     "? [1]\n: 2": "is not valid YAML",
     "tensor_parallel_size: &a [*a]": "is not a size",
     "1: 2": "1 (unknown)",
@@ -341,7 +343,7 @@ def test_a_configuration_that_cannot_be_is_refused_with_the_reason(tmp_path, tex
     with pytest.raises(PlanError) as error:
         load_deployment(file)
     assert BAD[text] in str(error.value)
-    assert "\n" not in str(error.value) or "is not valid YAML" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_aliases_that_expand_without_end_are_refused_at_once(tmp_path):
