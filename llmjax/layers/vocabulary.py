@@ -12,6 +12,9 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from llmjax.parallel.collectives import Axes, all_gather, axis_index, pmax, psum
 
+_FEWEST_ROWS = 8
+"""Rows of hidden states that the product with the head is given at least."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
@@ -21,6 +24,8 @@ class Vocabulary:
     """Token ids of the model; higher ids are padding, which makes the shards equal."""
     axes: Axes
     """Mesh axes that it is split over."""
+    soft_cap: float | None = None
+    """Logits l become cap * tanh(l / cap)."""
 
     def ids(self, width: int) -> Int32[Array, " width"]:
         """Token ids of this device's shard, which holds `width` of them."""
@@ -41,8 +46,20 @@ def compute_logits(
     with jax.named_scope("logits"):
         # A GPU's default for float32 is TF32, whose error changes greedy tokens.
         precision = lax.Precision.HIGHEST if head.dtype == jnp.float32 else None
+        # For one row XLA:GPU multiplies element by element, and first converts the whole head to
+        # float32; eight rows are a product for tensor cores, which reads the head as it is.
+        rows = len(hidden)
+        hidden = jnp.pad(hidden, ((0, max(_FEWEST_ROWS - rows, 0)), (0, 0)))
         logits = jnp.matmul(hidden, head, precision=precision, preferred_element_type=jnp.float32)
+        logits = logits[:rows]
+        if vocabulary.soft_cap is not None:
+            logits = cap_softly(logits, vocabulary.soft_cap)
         return jnp.where(vocabulary.ids(head.shape[1]) < vocabulary.size, logits, -jnp.inf)
+
+
+def cap_softly(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    """Numbers close to zero stay, others come no further than the cap."""
+    return cap * jnp.tanh(x / cap)
 
 
 def find_argmax(
