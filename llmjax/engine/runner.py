@@ -210,6 +210,7 @@ class Runner:
             abstract=state,
             rules=self.rules,
             vocab_size=self.config.vocab_size,
+            soft_cap=self.config.logit_soft_cap,
             max_logprobs=min(self.engine.max_logprobs, self.config.vocab_size),
             processors=tuple(self.engine.logits_processors.values()),
             options=RunOptions(

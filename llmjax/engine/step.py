@@ -17,6 +17,7 @@ from llmjax.layers.kv_cache import Cache, Placement, placement_specs
 from llmjax.layers.logprobs import Logprobs, score
 from llmjax.layers.sampler import Sampled, SampleRows, sample
 from llmjax.layers.sampler_state import SamplerState
+from llmjax.layers.vocabulary import cap_softly
 from llmjax.models.decoder import Decoder, RunOptions
 from llmjax.parallel.collectives import all_gather, axis_index, island
 from llmjax.weights.model import Weights
@@ -71,6 +72,8 @@ class StepMaker:
     """Shapes of the decoder's weights."""
     rules: Rules
     vocab_size: int
+    soft_cap: float | None
+    """Bound of the logits, where the model has one."""
     max_logprobs: int
     processors: Sequence[LogitsProcessor]
     options: RunOptions
@@ -100,6 +103,7 @@ class StepMaker:
                 vocab_size=self.vocab_size,
                 max_logprobs=self.max_logprobs,
                 processors=self.processors,
+                soft_cap=self.soft_cap,
             )
             prompt = None
             if bucket.prefill_tokens:
@@ -110,6 +114,7 @@ class StepMaker:
                     rules=self.rules,
                     vocab_size=self.vocab_size,
                     max_logprobs=self.max_logprobs,
+                    soft_cap=self.soft_cap,
                 )
             # Every process reads the tokens, so that all of them schedule alike.
             output = jax.tree.map(replicate, StepOutput(sampled=sampled, prompt=prompt))
@@ -136,7 +141,8 @@ class StepMaker:
                 out_sharding=self.rules.spec(None, "vocab"),
                 preferred_element_type=jnp.float32,
             )
-            return replicate(logits)[:, : self.vocab_size]
+            logits = replicate(logits)[:, : self.vocab_size]
+            return logits if self.soft_cap is None else cap_softly(logits, self.soft_cap)
 
         return compute
 

@@ -70,6 +70,7 @@ def score(
     rules: Rules,
     vocab_size: int,
     max_logprobs: int,
+    soft_cap: float | None = None,
     axis: str = "tokens",
 ) -> Logprobs:
     """Log-probabilities of given tokens, such as a prompt's.
@@ -78,7 +79,7 @@ def score(
     all are -1 computes nothing. Rows lie on the logical axis `axis`, and so do the results.
     """
     check_max_logprobs(max_logprobs, vocab_size)
-    vocabulary = Vocabulary(size=vocab_size, axes=rules.axes("vocab"))
+    vocabulary = Vocabulary(size=vocab_size, axes=rules.axes("vocab"), soft_cap=soft_cap)
     shared = tuple(name for name in rules.axes(axis) if name in vocabulary.axes)
 
     def body(

@@ -13,6 +13,7 @@ from llmjax.config import ExpertConfig, ModelConfig
 from llmjax.layers.mlp import GatedMLP
 from llmjax.layers.params import Declare
 from llmjax.parallel.collectives import axis_index, island
+from llmjax.parallel.dispatch_cost import ExpertLoad, choose_dispatch
 from llmjax.parallel.expert_dispatch import Dispatch, dispatch_experts
 from meshes import Rules
 from pallas_kernels import grouped_gemm
@@ -117,7 +118,7 @@ class MoE(nnx.Module):
                 expert_specs(weights, self.rules),
                 layer,
                 _ComputeExperts(self.config.activation, self.rules),
-                method="allreduce" if options.method == "auto" else options.method,
+                method=choose_method(self.config, x, weights, options, self.rules),
                 max_num_tokens=options.max_num_tokens,
                 rules=self.rules,
                 scale_inputs=self.config.scale_inputs,
@@ -172,6 +173,28 @@ def choose_experts(
         # Sigmoids may all be zero.
         gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
     return experts, gates * config.scaling_factor
+
+
+def choose_method(
+    config: ExpertConfig,
+    x: Float[Array, "tokens embed"],
+    weights: ExpertWeights,
+    options: DispatchOptions,
+    rules: Rules,
+) -> Dispatch:
+    """The dispatch that was asked for, or the cheapest for these tokens."""
+    if options.method != "auto":
+        return options.method
+    load = ExpertLoad(
+        tokens=x.shape[0] // rules.size("tokens"),
+        embed=x.shape[1],
+        ffn=weights.down.shape[2],
+        num_slots=weights.down.shape[1],
+        top_k=config.top_k,
+        itemsize=x.dtype.itemsize,
+        max_num_tokens=options.max_num_tokens,
+    )
+    return choose_dispatch(load, rules=rules)
 
 
 def num_slots(config: ExpertConfig, rules: Rules) -> int:

@@ -105,6 +105,7 @@ def sample(
     vocab_size: int,
     max_logprobs: int = 0,
     processors: Sequence[Processor] = (),
+    soft_cap: float | None = None,
 ) -> tuple[Sampled, SamplerState]:
     """Samples one token for each row and counts it in the request's slot.
 
@@ -119,7 +120,7 @@ def sample(
         raise ValueError(
             f"{len(processors)} logits processors are too many: use at most {MAX_PROCESSORS}."
         )
-    vocabulary = Vocabulary(size=vocab_size, axes=rules.axes("vocab"))
+    vocabulary = Vocabulary(size=vocab_size, axes=rules.axes("vocab"), soft_cap=soft_cap)
     shared = tuple(axis for axis in rules.axes("requests") if axis in vocabulary.axes)
 
     def body(

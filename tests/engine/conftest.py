@@ -118,6 +118,7 @@ class LogitsProgram:
             abstract=abstract,
             rules=self.rules,
             vocab_size=config.vocab_size,
+            soft_cap=config.logit_soft_cap,
             max_logprobs=0,
             processors=(),
             options=options,
