@@ -1,4 +1,4 @@
-"""The command line: `llmjax generate`, `llmjax chat` and `llmjax info`."""
+"""The command line: `llmjax generate`, `llmjax chat`, `llmjax plan` and `llmjax info`."""
 
 import importlib.metadata
 import io
@@ -16,6 +16,7 @@ from rich.table import Table
 from llmjax import CheckpointError, ConfigError, PlanError
 from llmjax.cli import options
 from llmjax.cli.info import describe_environment
+from llmjax.cli.plan import show_plan
 from llmjax.cli.session import Session, read_stdin, read_turn, start
 from llmjax.distributed import DistributedError
 from llmjax.tokenizer import ChatTemplateError
@@ -119,6 +120,9 @@ def chat(
     while text := read_turn():
         messages.append({"role": "user", "content": text})
         messages.append({"role": "assistant", "content": session.answer(messages)})
+
+
+app.command("plan")(show_plan)
 
 
 @app.command()
