@@ -51,6 +51,10 @@ class Tokens(NamedTuple):
     gates: Float[Array, "tokens top_k"]
 
 
+Experts = Callable[[Tokens], Array]
+"""The results of this rank's experts for some tokens, summed by token."""
+
+
 class ExpertGroup(NamedTuple):
     """The mesh axes over which the experts of a layer lie, and how tokens lie on them."""
 
@@ -92,21 +96,20 @@ def dispatch_experts(
     (Llama 4). More than `max_num_tokens` tokens on a rank go in several rounds.
     """
     group = ExpertGroup.of(rules)
+    num_slots = jax.tree.leaves(params)[0].shape[1] // rules.size("experts")
     send = {
         "allreduce": _allreduce,
         "allgather": _allgather,
-        "all_to_all": partial(_all_to_all, exchange=exchange),
+        "all_to_all": partial(_all_to_all, num_slots=num_slots, exchange=exchange),
     }[method]
 
     def body(x: Array, slots: Array, gates: Array, params: Any, layer: Array) -> Array:
-        num_slots = jax.tree.leaves(params)[0].shape[1]
-
         def experts(tokens: Tokens) -> Array:
             first = axis_index(group.experts) * num_slots
             rows = sort_by_slot(tokens.slots - first, num_slots)
             return run_rows(tokens, rows, params, layer, compute, scale_inputs)
 
-        one_round = partial(send, experts=experts, num_slots=num_slots, group=group)
+        one_round = partial(send, experts=experts, group=group)
         return _in_rounds(one_round, Tokens(x, slots, gates), max_num_tokens)
 
     tokens = rules.spec("tokens", None)
@@ -127,7 +130,7 @@ class SortedRows(NamedTuple):
     sizes: Int[Array, "slots"]
     """Rows of each slot; the rows after these are padding."""
     row_of_pair: Int[Array, "tokens top_k"]
-    """Where each pair stands."""
+    """Where each pair stands; 0 for those that are not held."""
     held: Shaped[Array, "tokens top_k"]
     """Whether the pair's slot is on this rank."""
 
@@ -146,7 +149,7 @@ def sort_by_slot(local_slots: Int[Array, "tokens top_k"], num_slots: int) -> Sor
         choice=kept % top_k,
         slot=jnp.minimum(flat[kept], num_slots - 1),
         sizes=jnp.sum(flat[:, None] == jnp.arange(num_slots), axis=0, dtype=jnp.int32),
-        row_of_pair=row_of_pair.reshape(count, top_k),
+        row_of_pair=jnp.where(held, row_of_pair.reshape(count, top_k), 0),
         held=held,
     )
 
@@ -166,24 +169,20 @@ def run_rows(
         inputs = (inputs * scale[:, None]).astype(tokens.x.dtype)
     results = compute(inputs, rows.sizes, rows.slot, params, layer)
     # Gathered by pair, not scattered by row: the order of the sum is then always the same.
-    pairs = results.at[rows.row_of_pair].get(mode="clip").astype(jnp.float32)
+    pairs = results[rows.row_of_pair].astype(jnp.float32)
     if not scale_inputs:
         pairs = pairs * tokens.gates[..., None]
     # Whatever padding holds, NaN too, must not come near the sum.
     return jnp.where(rows.held[..., None], pairs, 0).sum(1).astype(tokens.x.dtype)
 
 
-Experts = Callable[[Tokens], Array]
-"""The results of this rank's experts for some tokens, summed by token."""
-
-
-def _allreduce(tokens: Tokens, *, experts: Experts, num_slots: int, group: ExpertGroup) -> Array:
+def _allreduce(tokens: Tokens, *, experts: Experts, group: ExpertGroup) -> Array:
     sums = experts(_gather(tokens, group.split))
     # The scatter comes first: less is left to reduce.
     return psum(psum_scatter(sums, group.split), group.whole)
 
 
-def _allgather(tokens: Tokens, *, experts: Experts, num_slots: int, group: ExpertGroup) -> Array:
+def _allgather(tokens: Tokens, *, experts: Experts, group: ExpertGroup) -> Array:
     sums = psum_scatter(experts(_gather(tokens, group.split)), group.split)
     count = sums.shape[0]
     padded = _pad(sums, -(-count // axis_size(group.whole)) * axis_size(group.whole), 0)
@@ -191,7 +190,7 @@ def _allgather(tokens: Tokens, *, experts: Experts, num_slots: int, group: Exper
 
 
 def _all_to_all(
-    tokens: Tokens, *, experts: Experts, num_slots: int, group: ExpertGroup, exchange: Exchange
+    tokens: Tokens, *, experts: Experts, group: ExpertGroup, num_slots: int, exchange: Exchange
 ) -> Array:
     """The tensor ranks of an expert see the same tokens, each expert rank its own part of them."""
     gathered = tuple(axis for axis in group.split if axis not in group.experts)
