@@ -20,11 +20,12 @@ import jax
 from benchmarks import timing
 
 RESULTS = Path(__file__).parent / "results"
+OPERATIONS = ("grouped_gemm", "grouped_gemm_layer", "paged_attention", "prefill")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--op", required=True, choices=["grouped_gemm", "paged_attention", "prefill"])
+    parser.add_argument("--op", required=True, choices=OPERATIONS)
     parser.add_argument("--tune", action="store_true", help="try every configuration of ours")
     parser.add_argument("--lower-to", type=Path, metavar="DIR")
     parser.add_argument("--lowered", type=Path, metavar="DIR")
