@@ -159,7 +159,6 @@ def test_every_dispatch_equals_the_loop_for_every_routing(plan, method):
 @pytest.mark.parametrize(
     ("plan", "tokens"),
     [
-        (ParallelPlan(ep=8), 1),
         (ParallelPlan(ep=4, tp=2), 1),
         (ParallelPlan(ep=4, tp=2, attention_dp=True), 8),
     ],
@@ -217,7 +216,7 @@ class WideRules(Rules):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("plan", MIXED, ids=str)
+@pytest.mark.parametrize("plan", MIXED[:2], ids=str)
 def test_experts_may_lie_over_data_replicas_too(plan, method):
     layer = Layer(plan, rules=WideRules(plan))
     for kind in ("random", "one rank"):
