@@ -165,16 +165,21 @@ class Decoder(nnx.Module):
                 return (new if own.active is None else jnp.where(own.active, new, x)), cache
 
             def run_loop(loop: Loop, x: Array, cache: Cache) -> tuple[Array, Cache]:
-                def run_period(carry: tuple[Array, Cache], repeat: Array) -> Any:
+                def run_period(carry: tuple[Array, Array, Cache]) -> tuple[Array, Array, Cache]:
+                    repeat, x, cache = carry
                     for offset, kind in enumerate(loop.kinds):
                         layer = _advance(loop.first + offset, len(loop.kinds), repeat)
                         row = _advance(*loop.row(offset), repeat)
-                        carry = run_layer(*carry, kind, layer, row)
-                    return carry, None
+                        x, cache = run_layer(x, cache, kind, layer, row)
+                    return repeat + 1, x, cache
 
-                # Unrolled, XLA reads weights in place; in a scan it may copy them first.
-                unroll = loop.repeats if options.layer_loop == "unroll" else 1
-                return lax.scan(run_period, (x, cache), jnp.arange(loop.repeats), unroll=unroll)[0]
+                carry = (jnp.int32(0), x, cache)
+                if options.layer_loop == "unroll":
+                    for _ in range(loop.repeats):
+                        carry = run_period(carry)
+                else:
+                    carry = lax.while_loop(partial(_lasts, loop.repeats), run_period, carry)
+                return carry[1:]
 
             for loop in layers.loops:
                 x, cache = run_loop(loop, x, cache)
@@ -217,9 +222,17 @@ def _declare_norm(config: ModelConfig, declare: Declare) -> RMSNorm:
 
 
 def _take_row(stack: Any, row: Array) -> Any:
-    return jax.tree.map(partial(lax.dynamic_index_in_dim, index=row, keepdims=False), stack)
+    # XLA reads a layer's weights in place where it sees that the row is the loop's own counter: it
+    # must not pass a test for negative indices, and scan and fori_loop would add a second counter.
+    take = partial(
+        lax.dynamic_index_in_dim, index=row, keepdims=False, allow_negative_indices=False
+    )
+    return jax.tree.map(take, stack)
+
+
+def _lasts(repeats: int, carry: tuple[Array, Array, Cache]) -> Array:
+    return carry[0] < repeats
 
 
 def _advance(first: int, step: int, repeat: Array) -> Array:
-    # XLA reads a layer in place where its row is the loop's own counter.
     return repeat if (first, step) == (0, 1) else first + step * repeat
