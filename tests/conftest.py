@@ -23,6 +23,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("reproducible")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--update-snapshots",
+        action="store_true",
+        help="write tests/meshes/snapshots anew, for a person to review",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # The suite means the same on every machine: a GPU is used only by `pytest -m gpu`.
     if config.option.markexpr != "gpu":
@@ -35,7 +43,12 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Half an hour of combinations, of which other tests run a selection.
+    if "matrix" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("matrix")]
+        items[:] = [item for item in items if not item.get_closest_marker("matrix")]
+        config.hook.pytest_deselected(items=left_out)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if marked and jax.default_backend() != "gpu":
         for item in marked:
