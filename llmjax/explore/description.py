@@ -51,8 +51,9 @@ class Description:
 
     def report(self) -> Report:
         """All of it as tables."""
+        count = self.plan.num_devices
         return Report(
-            title=f"{self.model} in {self.dtype} on {self.plan}: {self.plan.num_devices} devices",
+            title=f"{self.model} in {self.dtype} on {self.plan}, {count} device{'s' * (count > 1)}",
             tables=(
                 self._sum_up(),
                 _list_weights(self.layout),
@@ -144,7 +145,10 @@ def _list_collectives(step: Step, plan: ParallelPlan) -> Table:
     always = sum(one.total_bytes for one in step.collectives if one.when == "always")
     return Table(
         title=f"A {step.name} step of {step.tokens} tokens and {step.rows} requests a batch rank, "
-        f"compiled for {step.platform}: its collectives take {format_bytes(always)} on a device",
+        f"compiled for {step.platform}: "
+        + (
+            f"collectives take {format_bytes(always)} on a device" if always else "it sends nothing"
+        ),
         columns=("part", "collective", "over", "devices", "calls", "a call", "in all", "when"),
         rows=tuple(
             (

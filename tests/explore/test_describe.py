@@ -19,16 +19,8 @@ LLAMA = Path(__file__).resolve().parent.parent / "golden" / "llama"
 """3 layers, 4 query and 2 key/value heads of 16, 64 in the stream, 96 in the MLP, 160 tokens."""
 TENSOR = ParallelPlan(tp=2)
 ATTENTION_DP = ParallelPlan(tp=4, attention_dp=True)
-SMALL: dict[str, Any] = {
-    "max_batch_size": 4,
-    "max_num_tokens": 32,
-    "max_seq_len": 64,
-    "kv_cache_max_tokens": 256,
-    "tokens_per_block": 4,
-    "batch_buckets": (4,),
-    "token_buckets": (32,),
-}
-"""Two programs a plan: compiling them is what these tests cost."""
+SMALL: dict[str, Any] = {"max_batch_size": 4, "max_num_tokens": 32, "max_seq_len": 64}
+"""The same in all tests of descriptions, so that each program is compiled once."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +45,8 @@ def count_calls(step: Step) -> Counter[tuple[str, str]]:
 
 def test_a_description_lists_what_the_steps_of_an_engine_send(described):
     plan = ATTENTION_DP
-    runner = LLM(LLAMA, plan=plan, progress=False, **SMALL).engine.runner
+    pool = {"batch_buckets": (4,), "kv_cache_max_tokens": 256}
+    runner = LLM(LLAMA, plan=plan, progress=False, **SMALL, **pool).engine.runner
     decode = max(bucket for bucket in runner.buckets if not bucket.prefill_tokens)
     for step, bucket in zip(described[plan].steps, (decode, max(runner.buckets)), strict=True):
         assert (step.rows, step.tokens) == (bucket.rows, bucket.tokens)
@@ -95,7 +88,7 @@ def test_in_bfloat16_the_model_sends_half_the_bytes(described, narrow):
 def test_a_description_prints_every_weight_and_every_collective(described):
     text = str(described[TENSOR])
     lines = [line.split() for line in text.splitlines()]
-    assert lines[0] == f"{LLAMA} in float32 on tp=2: 2 devices".split()
+    assert lines[0] == f"{LLAMA} in float32 on tp=2, 2 devices".split()
     assert ["KV", "cache,", "a", "token", "768", "B", "384", "B"] in lines
     row = "mlp.down layers, ffn, - 3 x 96 x 64 -, tp, - 72.0 KiB 36.0 KiB"
     assert row.split() in lines
@@ -128,7 +121,7 @@ def test_too_few_devices_here_give_the_same_steps_from_another_process(described
     assert apart == described[TENSOR]
     # What is refused there is refused here, in the same words.
     with pytest.raises(ConfigError, match="batch_buckets ends at 2, below max_batch_size=4"):
-        describe(TENSOR, LLAMA, **(SMALL | {"batch_buckets": (2,)}))
+        describe(TENSOR, LLAMA, **SMALL, batch_buckets=(2,))
     with pytest.raises(ConfigError, match="functions cannot be sent there"):
         describe(TENSOR, LLAMA, **SMALL, logits_processors={"same": abs})
 
@@ -165,3 +158,10 @@ def test_what_goes_to_another_process_and_back_arrives_as_it_was(described):
     plan = ParallelPlan(pp=2, pp_partition=(1, 2))
     for value in (read_config(LLAMA), engine, plan, *described[TENSOR].steps):
         assert rebuild(type(value), json.loads(json.dumps(asdict(value)))) == value
+
+
+def test_a_plan_of_one_device_sends_nothing_and_says_so(described):
+    alone = lay_out(LLAMA, ParallelPlan(), dtype="float32")
+    steps = tuple(replace(step, collectives=()) for step in described[TENSOR].steps)
+    text = str(replace(described[TENSOR], layout=alone, steps=steps))
+    assert "on one device, 1 device\n" in text and text.count("it sends nothing") == 2

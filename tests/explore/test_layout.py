@@ -102,7 +102,9 @@ def test_a_picture_of_a_mesh_counts_devices_as_the_mesh_does():
 
 
 def test_what_head_slots_and_padding_add_is_counted():
-    config = replace(CONFIG, num_heads=9, num_kv_heads=3, head_dim=8, num_layers=2, vocab_size=30)
+    config = replace(
+        CONFIG, num_heads=9, num_kv_heads=3, head_dim=8, num_layers=2, layers=(), vocab_size=30
+    )
     layout = lay_out(config, ParallelPlan(tp=4), dtype="float32", cache_tokens=64)
     # 9 query and 3 key/value heads become 4 slots of 3 queries, a key and a value.
     assert layout["layers.attention.qkv"].added_bytes == 2 * config.hidden_size * (5 * 8) * 4
@@ -113,7 +115,13 @@ def test_what_head_slots_and_padding_add_is_counted():
 
 def test_a_plan_for_more_devices_than_there_are_is_laid_out():
     config = replace(
-        CONFIG, hidden_size=16384, num_heads=128, num_kv_heads=8, head_dim=128, num_layers=126
+        CONFIG,
+        hidden_size=16384,
+        num_heads=128,
+        num_kv_heads=8,
+        head_dim=128,
+        num_layers=126,
+        layers=(),
     )
     config = replace(config, intermediate_size=53248, vocab_size=128256)
     layout = lay_out(config, ParallelPlan(dp=32, tp=16))
@@ -123,7 +131,7 @@ def test_a_plan_for_more_devices_than_there_are_is_laid_out():
 
 def test_a_stack_that_does_not_divide_is_refused_with_its_name():
     with pytest.raises(PlanError, match=r"of 2 does not divide over pp = 4 ranks. Use a divisor"):
-        lay_out(replace(CONFIG, num_layers=2), ParallelPlan(pp=4))
+        lay_out(replace(CONFIG, num_layers=2, layers=()), ParallelPlan(pp=4))
 
 
 def test_the_embedded_model_is_laid_out_by_its_name():
