@@ -88,11 +88,12 @@ class Request:
     def append(self, token: int) -> None:
         """Add a sampled token, and note whether it ends the request."""
         self.token_ids.append(token)
+        num_outputs = self.num_outputs
         # The sampler bans stop ids for the first min_tokens tokens, but a processor may force one.
-        if token in self.stop_ids and self.num_outputs > self.params.min_tokens:
+        if token in self.stop_ids and num_outputs > self.params.min_tokens:
             named = token in self.params.stop_token_ids
             self.finish("stop", token if named else None)
-        elif self.num_outputs >= self.max_tokens:
+        elif num_outputs >= self.max_tokens:
             self.finish("length", None)
 
     def finish(self, reason: FinishReason, stop_reason: int | str | None) -> None:

@@ -278,25 +278,27 @@ class Scheduler:
             )
         self._num_retired += 1
         changed: list[Request] = []
-        for works in schedule.ranks:
+        for rank, works in zip(self._ranks, schedule.ranks, strict=True):
             for work in works:
-                if self._retire_work(work, tokens):
+                if self._retire_work(work, rank, tokens):
                     changed.append(work.request)
         return changed
 
-    def _retire_work(self, work: Work, tokens: Mapping[int, int]) -> bool:
+    def _retire_work(self, work: Work, rank: _Rank, tokens: Mapping[int, int]) -> bool:
         """Settle one request's part of a step; whether the request got a token."""
-        request, pages = work.request, work.pages
-        rank = self._rank_of(request)
+        request, start, count, samples, pages, _ = work
         request.in_flight -= 1
-        request.pending_samples -= work.samples
-        got_token = work.samples and not request.is_finished
-        was_running = request.status is RequestStatus.RUNNING
+        request.pending_samples -= samples
+        status = request.status
+        got_token = samples and status is not RequestStatus.FINISHED
+        was_running = status is RequestStatus.RUNNING
         if got_token:
             request.append(tokens[request.id])
         # A dropped token may have been fed already: what lies past the end is never reused.
-        num_computed = min(work.start + work.count, len(request.token_ids))
-        rank.blocks.commit(request.token_ids, pages, num_computed)
+        num_computed = min(start + count, len(request.token_ids))
+        page_size = self.config.page_size
+        if num_computed // page_size > start // page_size:
+            rank.blocks.commit(request.token_ids, pages, num_computed)
         if rank.draining and request.in_flight == 0 and request in rank.draining:
             rank.draining.remove(request)
             self._release(request, rank)

@@ -4,6 +4,7 @@ import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -198,15 +199,16 @@ def test_the_host_goes_on_while_a_step_takes_its_time_to_start(llm_on, monkeypat
         FAMILY, ONE_DEVICE, **TIGHT, enable_block_reuse=True, disable_overlap_scheduler=False
     )
     engine = Engine(llm.engine.runner)
-    start, ready = engine.runner._start, threading.Event()
+    steps, ready = engine.runner._steps, threading.Event()
 
-    def start_late(*arguments):
+    def start_late(step, *arguments):
         assert ready.wait(timeout=20), "the host waits for the step that waits for it"
-        return start(*arguments)
+        return step(*arguments)
 
     arrival = Arrival(step=0, prompt=(5, 6, 7), params=SamplingParams(temperature=0), max_tokens=6)
     expected = serve(engine, {0: arrival})[0].output_ids
-    monkeypatch.setattr(engine.runner, "_start", start_late)
+    late = {bucket: partial(start_late, step) for bucket, step in steps.items()}
+    monkeypatch.setattr(engine.runner, "_steps", late)
     request = arrival.request(1)
     engine.submit(request)
     assert engine.step() == [], "it has no token yet, and still the call returned"
