@@ -125,22 +125,22 @@ class LogitsProgram:
         )
         pages = self.bucket.decodes * self.bucket.width * self.rules.size("pages")
         shapes = cache_shapes(config, self.rules, pages=pages, page_size=self.page_size)
-        self.empty_cache = partial(empty_cache, shapes, dtype, self.rules)
+        self.empty_cache = jax.jit(partial(empty_cache, shapes, dtype, self.rules))
+        self.compute = jax.jit(self._compute, donate_argnums=1)
 
     def run(self, prompts: list[list[list[int]]]) -> np.ndarray:
         """Logits [ranks, prompts, positions, vocab] of each batch rank's own prompts."""
         requests = [[_request(ids) for ids in rank] for rank in prompts]
         rows, length = self.bucket.decodes, len(prompts[0][0])
         with jax.set_mesh(self.mesh):
-            compute = jax.jit(self._compute, donate_argnums=1)
-            cache = jax.jit(self.empty_cache)()
+            cache = self.empty_cache()
             packed = self._pack(requests, range(self.prefill))
-            logits, cache = compute(self.weights, cache, packed)
+            logits, cache = self.compute(self.weights, cache, packed)
             prefilled = np.asarray(logits)[:, rows:].reshape(len(prompts), rows, self.prefill, -1)
             decoded = []
             for position in range(self.prefill, length):
                 packed = self._pack(requests, range(position, position + 1))
-                logits, cache = compute(self.weights, cache, packed)
+                logits, cache = self.compute(self.weights, cache, packed)
                 decoded.append(np.asarray(logits)[:, :rows])
         return np.concatenate([prefilled, np.stack(decoded, axis=2)], axis=2)
 
