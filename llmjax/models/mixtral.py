@@ -23,6 +23,8 @@ from llmjax.models.sources import (
 from llmjax.parallel.head_slots import HeadSlots
 
 NAMES = ExpertNames(prefix="block_sparse_moe.", gate="w1", up="w3", down="w2")
+FUSED_NAMES = ExpertNames()
+"""Fused experts come with names like those of other families."""
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
@@ -42,11 +44,12 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 def sources(config: ModelConfig, slots: HeadSlots, names: Collection[str]) -> Sources:
     """Experts are called w1 (gate), w3 (up) and w2 (down)."""
+    published = any(".block_sparse_moe." in name for name in names)
     return {
         **outer_sources(config),
         **norm_sources(config, PRE_NORMS),
         **attention_sources(config, slots),
-        **expert_sources(config, names, NAMES),
+        **expert_sources(config, names, NAMES if published else FUSED_NAMES),
     }
 
 

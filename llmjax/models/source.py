@@ -11,17 +11,20 @@ from jaxtyping import Shaped
 class Source:
     """One checkpoint tensor and the region of one parameter that it fills.
 
-    The tensor is reshaped (`split`), cut (`part`), its axes are reordered (`transpose`), one axis
-    is picked apart (`slots`), and the result is written at `region`. Axes are those of the
-    parameter without its layers axis. Where the result is shorter than the region, zeros follow.
+    Rows of the tensor are read (`rows`), reshaped (`split`), cut (`part`), their axes are reordered
+    (`transpose`), one axis is picked apart (`slots`), and the result is written at `region`. Axes
+    are those of the parameter without its layers axis. Where the result is shorter than the region,
+    zeros follow.
     """
 
     name: str
     """Tensor name in Hugging Face's spelling; "{layer}" stands for the layer's index."""
     shape: tuple[int, ...]
     """Shape that the checkpoint's tensor must have."""
+    rows: slice | None = None
+    """Part of the tensor's first axis that is read, such as one of its experts; None reads all."""
     split: tuple[int, ...] | None = None
-    """Shape to view the tensor in, such as (heads, head_dim, embed); None keeps its own."""
+    """Shape to view the rows in, such as (heads, head_dim, embed); None keeps their own."""
     part: tuple[int, slice] | None = None
     """(axis of the split tensor, indices that are taken); None takes all."""
     transpose: tuple[int, ...] | None = None
@@ -35,17 +38,29 @@ class Source:
     """A checkpoint may lack the tensor; its region then stays zero."""
 
     def __post_init__(self):
-        split = self.shape if self.split is None else self.split
-        if math.prod(split) != math.prod(self.shape):
+        split, read = self.split_shape, self.read_shape
+        if math.prod(split) != math.prod(read):
             raise ValueError(
                 f"source {self.name}: split={split} has {math.prod(split)} elements, "
-                f"shape={self.shape} has {math.prod(self.shape)}; they must be equal."
+                f"what is read of shape {read} has {math.prod(read)}; they must be equal."
             )
         if self.transpose is not None and sorted(self.transpose) != list(range(len(split))):
             raise ValueError(
                 f"source {self.name}: transpose={self.transpose} is not an order of the "
                 f"{len(split)} axes of {split}."
             )
+
+    @property
+    def read_shape(self) -> tuple[int, ...]:
+        """Shape of the rows that are read."""
+        if self.rows is None:
+            return self.shape
+        return (len(range(*self.rows.indices(self.shape[0]))), *self.shape[1:])
+
+    @property
+    def split_shape(self) -> tuple[int, ...]:
+        """Shape that the rows are viewed in."""
+        return self.read_shape if self.split is None else self.split
 
     @property
     def filled_shape(self) -> tuple[int, ...]:
@@ -58,7 +73,7 @@ class Source:
 
     @property
     def _transposed_shape(self) -> tuple[int, ...]:
-        split = list(self.shape if self.split is None else self.split)
+        split = list(self.split_shape)
         if self.part is not None:
             axis, taken = self.part
             split[axis] = len(range(*taken.indices(split[axis])))
@@ -66,12 +81,13 @@ class Source:
 
 
 def read_region(
-    source: Source, tensor: Shaped[np.ndarray, "..."], index: tuple[slice, ...]
+    source: Source, rows: Shaped[np.ndarray, "..."], index: tuple[slice, ...]
 ) -> Shaped[np.ndarray, "..."]:
     """Read the part of a source's region that `index` names, counted from the region's start.
 
-    Only the elements asked for are touched, so a memory-mapped tensor is read in part. The result
-    is a view where no element is picked by slot or padded.
+    `rows` are those that the source reads. Only the elements asked for are touched, so a
+    memory-mapped tensor is read in part. The result is a view where no element is picked by slot or
+    padded.
     """
     spans = [
         (part.start or 0, size if part.stop is None else part.stop)
@@ -82,7 +98,7 @@ def read_region(
         for (start, stop), size in zip(spans, source.filled_shape, strict=True)
     )
 
-    view = tensor.reshape(source.shape if source.split is None else source.split)
+    view = rows.reshape(source.split_shape)
     if source.part is not None:
         axis, taken = source.part
         view = view[(slice(None),) * axis + (taken,)]

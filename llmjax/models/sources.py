@@ -290,36 +290,40 @@ def _single_sources(config: ModelConfig, prefix: str, words: ExpertNames) -> Sou
 
 
 def _fused_sources(config: ModelConfig, prefix: str, words: ExpertNames) -> Sources:
-    """Two matrices for all experts of a layer."""
+    """Two matrices for all experts of a layer, of which each expert reads its own rows."""
     assert config.experts is not None
     count, ffn, embed = config.experts.num_experts, config.experts.ffn, config.hidden_size
     # Where gate and up take turns, they are the last of the axes that make up 2 * ffn.
     both = (ffn, 2) if words.interleaved else (2, ffn)
     order = (2, 1) if words.interleaved else (1, 2)
     if words.fused_by_row:
-        shape, split = (count, embed, 2 * ffn), (count, embed, *both)
+        shape, split = (count, embed, 2 * ffn), (1, embed, *both)
         transpose = (0, 1, *(axis + 1 for axis in order))
-        down = Source(name=prefix + "down_proj", shape=(count, ffn, embed))
+        down, down_transpose = (count, ffn, embed), None
     else:
-        shape, split = (count, 2 * ffn, embed), (count, *both, embed)
+        shape, split = (count, 2 * ffn, embed), (1, *both, embed)
         transpose = (0, 3, *order)
-        down = Source(name=prefix + "down_proj", shape=(count, embed, ffn), transpose=(0, 2, 1))
-    sources: Sources = {
-        "experts.gate_up": (
-            Source(name=prefix + "gate_up_proj", shape=shape, split=split, transpose=transpose),
-        ),
-        "experts.down": (down,),
+        down, down_transpose = (count, embed, ffn), (0, 2, 1)
+    places: dict[str, dict[str, Any]] = {
+        "gate_up": dict(name="gate_up_proj", shape=shape, split=split, transpose=transpose),
+        "down": dict(name="down_proj", shape=down, transpose=down_transpose),
     }
     if config.experts.bias:
-        sources["experts.gate_up_bias"] = (
-            Source(
-                name=prefix + "gate_up_proj_bias",
-                shape=(count, 2 * ffn),
-                split=(count, *both),
-                transpose=(0, *order),
-            ),
+        places["gate_up_bias"] = dict(
+            name="gate_up_proj_bias",
+            shape=(count, 2 * ffn),
+            split=(1, *both),
+            transpose=(0, *order),
         )
-        sources["experts.down_bias"] = (
-            Source(name=prefix + "down_proj_bias", shape=(count, embed)),
-        )
-    return sources
+        places["down_bias"] = dict(name="down_proj_bias", shape=(count, embed))
+    return {
+        f"experts.{own}": tuple(_source_of_expert(index, prefix, place) for index in range(count))
+        for own, place in places.items()
+    }
+
+
+def _source_of_expert(index: int, prefix: str, place: Mapping[str, Any]) -> Source:
+    """One expert's rows of a fused tensor, and its slot."""
+    expert, rank = slice(index, index + 1), len(place.get("split") or place["shape"])
+    region = (expert, *[ALL] * (rank - 1))
+    return Source(**{**place, "name": prefix + place["name"]}, rows=expert, region=region)

@@ -65,11 +65,12 @@ class GGUFCheckpoint:
             dtype = _dtype_when_read(path, gguf_name, tensor)
             self.tensors[name] = TensorInfo(shape=tensor.shape, dtype=dtype)
 
-    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
+    def read(self, name: str, rows: slice | None = None) -> Shaped[np.ndarray, "..."]:
         """Read a tensor; quantised ones become float32."""
         values = _read_values(self.path, self._file.tensors[self._names[name]])
         heads = self._rotated_heads(name)
-        return values if heads is None else _undo_rope_order(values, heads)
+        values = values if heads is None else _undo_rope_order(values, heads)
+        return values if rows is None else values[rows]
 
     def _rotated_heads(self, name: str) -> int | None:
         """Head count of a query or key projection whose rows the file has reordered."""

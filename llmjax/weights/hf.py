@@ -67,14 +67,16 @@ class HFCheckpoint:
                 self.tensors[name] = info
                 self._locations[name] = _Location(file=file, offset=offset)
 
-    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
+    def read(self, name: str, rows: slice | None = None) -> Shaped[np.ndarray, "..."]:
         """Map the tensor's bytes; they leave memory when the view is dropped."""
         info, location = self.tensors[name], self._locations[name]
         if info.num_bytes == 0:
-            return np.empty(info.shape, info.dtype)
-        return np.memmap(
-            location.file, info.dtype, mode="r", offset=location.offset, shape=info.shape
-        )
+            whole = np.empty(info.shape, info.dtype)
+        else:
+            whole = np.memmap(
+                location.file, info.dtype, mode="r", offset=location.offset, shape=info.shape
+            )
+        return whole if rows is None else whole[rows]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -49,6 +49,9 @@ class Checkpoint(Protocol):
         """Every tensor, by its name in Hugging Face's spelling."""
         ...
 
-    def read(self, name: str) -> Shaped[np.ndarray, "..."]:
-        """Return a tensor, as a view of the mapped file where the format allows it."""
+    def read(self, name: str, rows: slice | None = None) -> Shaped[np.ndarray, "..."]:
+        """Return a tensor, as a view of the mapped file where the format allows it.
+
+        `rows` are the part of the first axis that is wanted; None is all of it.
+        """
         ...

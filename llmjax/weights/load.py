@@ -1,8 +1,7 @@
 """Streams a checkpoint onto a mesh: each device receives only its slice of each tensor."""
 
-import re
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import Any
 
@@ -14,24 +13,11 @@ from jaxtyping import Array, Int, Shaped
 from tqdm.auto import tqdm
 
 from llmjax.models.source import Source, read_region
-from llmjax.weights.interface import Checkpoint, CheckpointError
+from llmjax.weights.interface import Checkpoint
+from llmjax.weights.reads import AbstractParam, Places, check_tensors, plan_reads
 
 # jax.Device is a variable to type checkers.
 type Device = Any
-
-_LISTED_PROBLEMS = 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class AbstractParam:
-    """A parameter before it has values."""
-
-    shape: tuple[int, ...]
-    dtype: jnp.dtype
-    spec: PartitionSpec
-    layers: tuple[int, ...] | None
-    """The model's layer in each row of a stack, whose sources describe one layer; -1 is a row of
-    zeros. None: not a stack."""
 
 
 def load_weights(
@@ -45,8 +31,9 @@ def load_weights(
 ) -> dict[str, jax.Array]:
     """Read every parameter's sources and return the parameters, laid out as their specs say.
 
-    The host holds one tensor and its shards at a time. In a program of several processes each reads
-    only what its own devices hold; all must call this together.
+    The host holds one tensor (in a stack of experts, one expert) and its shards at a time. In a
+    program of several processes each reads only what its own devices hold; all must call this
+    together.
 
     Args:
         ignored: regular expressions (whole names) of tensors that the model knowingly drops.
@@ -54,13 +41,13 @@ def load_weights(
     Raises:
         CheckpointError: tensors are missing, extra or mis-shaped; raised before anything is read.
     """
-    plan = _plan_reads(params, sources)
-    _check_tensors(plan, checkpoint, ignored)
+    plan = plan_reads(params, sources)
+    check_tensors(plan, checkpoint, ignored)
     total = sum(
-        checkpoint.tensors[source.name].num_bytes
-        for rows in plan.values()
-        for row in rows
-        for source in row
+        math.prod(source.read_shape) * checkpoint.tensors[source.name].dtype.itemsize
+        for places in plan.values()
+        for found in places.values()
+        for source in found
         if source.name in checkpoint.tensors
     )
     bar = tqdm(total=total, desc="loading weights", unit="B", unit_scale=True, disable=not progress)
@@ -68,95 +55,30 @@ def load_weights(
     with bar:
         for name, param in params.items():
             loader = _ParamLoader(param, plan[name], checkpoint, mesh, bar)
-            loaded[name] = loader.load_single() if param.layers is None else loader.load_stack()
+            loaded[name] = loader.load_stack() if param.leading else loader.load_single()
     return loaded
 
 
-def _plan_reads(
-    params: Mapping[str, AbstractParam], sources: Mapping[str, tuple[Source, ...]]
-) -> dict[str, list[tuple[Source, ...]]]:
-    """List, for each parameter and row of its stack, the sources with their layer filled in."""
-    plan = {}
-    for name, param in params.items():
-        for source in sources[name]:
-            _check_fit(name, param, source)
-        if param.layers is None:
-            plan[name] = [sources[name]]
-            continue
-        plan[name] = [
-            tuple(
-                replace(source, name=source.name.replace("{layer}", str(layer)))
-                for source in sources[name]
-                if layer >= 0
-            )
-            for layer in param.layers
-        ]
-    return plan
-
-
-def _check_fit(name: str, param: AbstractParam, source: Source) -> None:
-    shape = param.shape if param.layers is None else param.shape[1:]
-    region = source.region or (slice(None),) * len(shape)
-    sizes = tuple(len(range(*part.indices(size))) for part, size in zip(region, shape, strict=True))
-    filled = source.filled_shape
-    if len(filled) != len(shape) or any(
-        have > room for have, room in zip(filled, sizes, strict=True)
-    ):
-        raise ValueError(
-            f"source {source.name} gives shape {filled}, which does not fit the region {sizes} of "
-            f"parameter {name} {shape}; only shorter axes of the same number are padded."
-        )
-
-
-def _check_tensors(
-    plan: Mapping[str, list[tuple[Source, ...]]], checkpoint: Checkpoint, ignored: Sequence[str]
-) -> None:
-    problems = {}
-    expected = set()
-    for source in (source for rows in plan.values() for row in rows for source in row):
-        expected.add(source.name)
-        info = checkpoint.tensors.get(source.name)
-        if info is None and not source.optional:
-            problems[source.name] = f"{source.name} is missing; shape {source.shape} is needed"
-        elif info is not None and info.shape != source.shape:
-            problems[source.name] = (
-                f"{source.name} has shape {info.shape}, the model needs {source.shape}"
-            )
-    drops = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or r"(?!)")
-    for name, info in checkpoint.tensors.items():
-        if name not in expected and not drops.fullmatch(name):
-            problems[name] = f"{name} of shape {info.shape} has no place in the model"
-    if problems:
-        lines = list(problems.values())
-        listed = "".join(f"\n  {line}" for line in lines[:_LISTED_PROBLEMS])
-        hidden = len(lines) - _LISTED_PROBLEMS
-        more = f"\n  and {hidden} more" if hidden > 0 else ""
-        raise CheckpointError(
-            f"{checkpoint.path} does not hold the model that its configuration describes:"
-            f"{listed}{more}"
-        )
-
-
 class _ParamLoader:
-    """Reads one parameter, a row of its stack at a time."""
+    """Reads one parameter, of a stack one place at a time."""
 
     def __init__(
         self,
         param: AbstractParam,
-        rows: list[tuple[Source, ...]],
+        places: Places,
         checkpoint: Checkpoint,
         mesh: Mesh,
         bar: tqdm,
     ):
         self._param = param
-        self._rows = rows
+        self._places = places
         self._checkpoint = checkpoint
         self._sharding = NamedSharding(mesh, param.spec)
         self._bar = bar
         dtypes = [
             checkpoint.tensors[source.name].dtype
-            for row in rows
-            for source in row
+            for found in places.values()
+            for source in found
             if source.name in checkpoint.tensors
         ]
         # The cast to the parameter's dtype is left to the devices: a host core casts 1 GB/s.
@@ -166,7 +88,7 @@ class _ParamLoader:
         """Load a parameter that has no layers axis."""
         shape = self._param.shape
         holders = _group_devices(_held_slices(self._sharding, shape))
-        blocks = self._read_blocks(self._rows[0], list(holders))
+        blocks = self._read_blocks((), list(holders))
         arrays = [jax.device_put(blocks[i], d) for i in holders for d in holders[i]]
         whole = jax.make_array_from_single_device_arrays(shape, self._sharding, arrays)
         if whole.dtype == self._param.dtype:
@@ -175,32 +97,40 @@ class _ParamLoader:
         return cast(whole, self._param.dtype).block_until_ready()
 
     def load_stack(self) -> jax.Array:
-        """Load a stack: zeros on the devices, filled in place by one row per stage at a time.
+        """Load a stack: zeros on the devices, filled in place.
 
-        A stage is a slice of the layers axis, where that axis is sharded. The devices of all stages
-        fill the same local row together, so one program serves them all.
+        Every device goes through the places of its own part of the stack, and all take the same
+        step at a time, so one program serves them all.
         """
         shape, sharding = self._param.shape, self._sharding
-        local_rows = sharding.shard_shape(shape)[0]
-        num_stages = shape[0] // local_rows
+        own = sharding.shard_shape(shape)[: self._param.leading]
         stack = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(
             shape, self._param.dtype
         )
-        for row in range(local_rows):
-            blocks = self._put_row(row, local_rows, (num_stages, *shape[1:]))
-            stack = _fill_row(stack, blocks, np.int32(row), sharding)
+        for step in np.ndindex(*own):
+            blocks = self._put_blocks(step, own)
+            stack = _fill_blocks(stack, blocks, np.array(step, np.int32), sharding)
             # Without the wait the host's blocks would pile up behind the transfers.
             stack.block_until_ready()
             del blocks
         return stack
 
-    def _put_row(self, row: int, local_rows: int, shape: tuple[int, ...]) -> jax.Array:
-        """Place local row `row` of every stage, as an array with a stage axis in front."""
-        held = _held_slices(self._sharding, shape)
+    def _put_blocks(self, step: tuple[int, ...], own: tuple[int, ...]) -> jax.Array:
+        """One place of each device, as an array with a device's share of 1 in the leading axes."""
+        leading, whole = len(own), self._param.shape
+        shape = (
+            *(size // part for size, part in zip(whole[:leading], own, strict=True)),
+            *whole[leading:],
+        )
+        held = {}
+        for device, index in _held_slices(self._sharding, shape).items():
+            ranks = [part.start for part in index[:leading]]
+            place = tuple(r * size + at for r, size, at in zip(ranks, own, step, strict=True))
+            held.setdefault(place, {})[device] = index[leading:]
         arrays = []
-        for stage in sorted({index[0].start for index in held.values()}):
-            holders = _group_devices({d: i[1:] for d, i in held.items() if i[0].start == stage})
-            blocks = self._read_blocks(self._rows[stage * local_rows + row], list(holders))
+        for place in sorted(held):
+            holders = _group_devices(held[place])
+            blocks = self._read_blocks(place, list(holders))
             arrays += [
                 jax.device_put(blocks[index][None], device)
                 for index, devices in holders.items()
@@ -209,23 +139,25 @@ class _ParamLoader:
         return jax.make_array_from_single_device_arrays(shape, self._sharding, arrays)
 
     def _read_blocks(
-        self, row: tuple[Source, ...], indices: list[tuple[slice, ...]]
+        self, place: tuple[int, ...], indices: list[tuple[slice, ...]]
     ) -> dict[tuple[slice, ...], Shaped[np.ndarray, "..."]]:
-        """Read one row's values at each index, holding one tensor of the checkpoint at a time."""
+        """Read the values at each index of one place, holding one tensor at a time."""
+        # A source's region has all axes but that of the layers.
+        fixed = tuple(slice(at, at + 1) for at in place[1:])
+        shape = self._param.shape[min(1, len(place)) :]
         blocks = {
-            index: np.zeros([part.stop - part.start for part in index], self._dtype)
+            index: np.zeros([part.stop - part.start for part in (*fixed, *index)], self._dtype)
             for index in indices
         }
-        shape = self._param.shape if self._param.layers is None else self._param.shape[1:]
-        for source in row:
+        for source in self._places.get(place, ()):
             if source.name not in self._checkpoint.tensors:
                 continue
             region = _bounded(source.region or (slice(None),) * len(shape), shape)
-            tensor = self._checkpoint.read(source.name)
+            rows = self._checkpoint.read(source.name, source.rows)
             for index, block in blocks.items():
-                _fill_overlap(block, index, source, tensor, region)
-            self._bar.update(tensor.nbytes)
-            del tensor  # before the next one is read
+                _fill_overlap(block, (*fixed, *index), source, rows, region)
+            self._bar.update(rows.nbytes)
+            del rows  # before the next ones are read
         return blocks
 
 
@@ -233,7 +165,7 @@ def _fill_overlap(
     block: Shaped[np.ndarray, "..."],
     index: tuple[slice, ...],
     source: Source,
-    tensor: Shaped[np.ndarray, "..."],
+    rows: Shaped[np.ndarray, "..."],
     region: tuple[slice, ...],
 ) -> None:
     """Copy what a source's region and a block at `index` have in common."""
@@ -244,7 +176,7 @@ def _fill_overlap(
             return
         in_region.append(slice(start - filled.start, stop - filled.start))
         in_block.append(slice(start - wanted.start, stop - wanted.start))
-    block[tuple(in_block)] = read_region(source, tensor, tuple(in_region))
+    block[tuple(in_block)] = read_region(source, rows, tuple(in_region))
 
 
 def _cast(array: Shaped[Array, "..."], dtype: jnp.dtype) -> Shaped[Array, "..."]:
@@ -252,16 +184,17 @@ def _cast(array: Shaped[Array, "..."], dtype: jnp.dtype) -> Shaped[Array, "..."]
 
 
 @partial(jax.jit, static_argnames="sharding", donate_argnames="stack")
-def _fill_row(
+def _fill_blocks(
     stack: Shaped[Array, "layers ..."],
     blocks: Shaped[Array, "stages ..."],
-    row: Int[Array, ""],
+    step: Int[Array, " leading"],
     sharding: NamedSharding,
 ) -> Shaped[Array, "layers ..."]:
-    """Write each stage's block at its local row, without a copy of the stack."""
+    """Write each device's block at `step` of its own part of the stack, without a copy of it."""
 
-    def fill(stack, block, row):
-        return jax.lax.dynamic_update_slice_in_dim(stack, block.astype(stack.dtype), row, axis=0)
+    def fill(stack, block, step):
+        start = (*step, *[0] * (stack.ndim - len(step)))
+        return jax.lax.dynamic_update_slice(stack, block.astype(stack.dtype), start)
 
     spec = sharding.spec
     return jax.shard_map(
@@ -270,7 +203,7 @@ def _fill_row(
         in_specs=(spec, spec, PartitionSpec()),
         out_specs=spec,
         check_vma=False,
-    )(stack, blocks, row)
+    )(stack, blocks, step)
 
 
 def _held_slices(

@@ -40,6 +40,7 @@ def load_model(
             dtype=param.dtype,
             spec=param.out_sharding,
             layers=param.get_metadata("layers"),
+            by_expert=param.get_metadata("logical_axes")[:2] == ("layers", "experts"),
         )
         for path, param in declared_params(config, rules, dtype).items()
     }

@@ -10,8 +10,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
 
 from llmjax.models.source import Source, read_region
+from llmjax.weights.hf import HFCheckpoint
 from llmjax.weights.interface import CheckpointError, TensorInfo
 from llmjax.weights.load import AbstractParam, load_weights
 
@@ -30,9 +32,9 @@ class MemoryCheckpoint:
         self.tensors = {n: TensorInfo(shape=a.shape, dtype=a.dtype) for n, a in arrays.items()}
         self.names_read = []
 
-    def read(self, name):
+    def read(self, name, rows=None):
         self.names_read.append(name)
-        return self.arrays[name]
+        return self.arrays[name] if rows is None else self.arrays[name][rows]
 
 
 @pytest.fixture
@@ -44,9 +46,11 @@ def random(shape, dtype=np.float32, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def abstract(shape, spec, *, stacked=False, layers=None, dtype=jnp.float32):
+def abstract(shape, spec, *, stacked=False, layers=None, dtype=jnp.float32, by_expert=False):
     layers = tuple(range(shape[0])) if stacked else layers
-    return AbstractParam(shape=shape, dtype=jnp.dtype(dtype), spec=spec, layers=layers)
+    return AbstractParam(
+        shape=shape, dtype=jnp.dtype(dtype), spec=spec, layers=layers, by_expert=by_expert
+    )
 
 
 SLOTS = np.array([[0, 1, -1], [2, -1, 0]])
@@ -180,24 +184,92 @@ def test_a_source_larger_than_its_region_is_refused(mesh):
         load_weights(params, {"w": (Source(name="w", shape=(8,)),)}, MemoryCheckpoint({}), mesh)
 
 
-def test_the_host_holds_a_few_tensors_however_many_layers_there_are(mesh):
+def peak_of_numpy(load):
     """Counts numpy's own allocations: on the CPU backend the devices' memory is the host's too."""
+    load()  # compiling allocates too
+    tracemalloc.start()
+    try:
+        load()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_host_holds_a_few_tensors_however_many_layers_there_are(mesh):
     num_layers, shape = 32, (256, 512)
     tensor = random(shape)
     checkpoint = MemoryCheckpoint({f"{i}.w": tensor for i in range(num_layers)})
-    checkpoint.read = lambda name: tensor.copy()
+    checkpoint.read = lambda name, rows=None: tensor.copy()
     params = {"w": abstract((num_layers, *shape), P("pp", "tp"), stacked=True)}
     sources = {"w": (Source(name="{layer}.w", shape=shape),)}
-    load_weights(params, sources, checkpoint, mesh)  # compiling allocates too
-    tracemalloc.start()
-    try:
-        load_weights(params, sources, checkpoint, mesh)
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
+    peak = peak_of_numpy(lambda: load_weights(params, sources, checkpoint, mesh))
     # The tensor being read, and for each of two stages the shards of this row and, until the
     # runtime lets go of them, of the row before. The whole stack is 32 tensors.
     assert tensor.nbytes < peak < 6 * tensor.nbytes
+
+
+EXPERTS, EXPERT_SHAPE = 12, (4, 6)
+SEPARATE = tuple(
+    Source(
+        name=f"{{layer}}.{index}.w",
+        shape=EXPERT_SHAPE,
+        split=(1, *EXPERT_SHAPE),
+        region=(slice(index, index + 1), slice(None), slice(None)),
+    )
+    for index in range(EXPERTS)
+)
+FUSED = tuple(
+    Source(
+        name="{layer}.w",
+        shape=(EXPERTS, *EXPERT_SHAPE),
+        rows=slice(index, index + 1),
+        region=(slice(index, index + 1), slice(None), slice(None)),
+    )
+    for index in range(EXPERTS)
+)
+
+
+@pytest.mark.parametrize("spec", [P(), P("pp", "ep"), P(None, "ep", "tp"), P("pp", ("ep", "tp"))])
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+def test_a_stack_of_experts_arrives_under_every_layout(mesh, spec, fused):
+    values, slots = random((2, EXPERTS, *EXPERT_SHAPE)), 16
+    arrays = {f"{i}.w": values[i] for i in range(2)}
+    if not fused:
+        arrays = {f"{i}.{e}.w": values[i, e] for i in range(2) for e in range(EXPERTS)}
+    checkpoint = MemoryCheckpoint(arrays)
+    param = abstract((2, slots, *EXPERT_SHAPE), spec, stacked=True, by_expert=True)
+    sources = {"w": FUSED if fused else SEPARATE}
+    loaded = load_weights({"w": param}, sources, checkpoint, mesh)["w"]
+    empty = np.zeros((2, slots - EXPERTS, *EXPERT_SHAPE))
+    np.testing.assert_array_equal(loaded, np.concatenate([values, empty], axis=1))
+    assert loaded.sharding.is_equivalent_to(NamedSharding(mesh, spec), loaded.ndim)
+    assert len(checkpoint.names_read) == 2 * EXPERTS
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+def test_the_host_holds_a_few_experts_however_many_a_layer_has(mesh, tmp_path, fused):
+    count, shape = 32, (128, 256)
+    expert = random(shape).astype(ml_dtypes.bfloat16)
+    sources = tuple(
+        Source(
+            name="experts" if fused else f"{index}.w",
+            shape=(count, *shape) if fused else shape,
+            rows=slice(index, index + 1) if fused else None,
+            split=(1, *shape),
+            region=(slice(index, index + 1), slice(None), slice(None)),
+        )
+        for index in range(count)
+    )
+    apart = {f"{index}.w": expert for index in range(count)}
+    together = {"experts": np.stack([expert] * count)}
+    save_file(together if fused else apart, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    param = abstract((1, count, *shape), P(None, "ep", "tp"), stacked=True, by_expert=True)
+    peak = peak_of_numpy(
+        lambda: load_weights({"w": param}, {"w": sources}, HFCheckpoint(tmp_path), mesh)
+    )
+    # Two ranks' shards of an expert each and, until the runtime lets go of them, those before.
+    assert expert.nbytes < peak < 6 * expert.nbytes
 
 
 def test_every_device_holds_its_share_of_the_bytes_and_no_more(mesh):
