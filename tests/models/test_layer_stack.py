@@ -1,13 +1,17 @@
 """Layers of several kinds, stacked for pipeline stages, run once each and in order."""
 
+from typing import Literal
+
 import pytest
 
 from llmjax.config import LayerConfig, ModelConfig
 from llmjax.models.layer_stack import LayerStack, stack_layers
 from meshes import ParallelPlan, Rules
 
-D, E = "dense", "experts"
-PATTERNS = {
+Kind = Literal["dense", "experts"]
+D: Kind = "dense"
+E: Kind = "experts"
+PATTERNS: dict[str, list[Kind]] = {
     "all alike": [D] * 7,
     "dense first": [D] * 3 + [E] * 5,
     "turns": [D, E] * 4,
@@ -19,7 +23,7 @@ PATTERNS = {
 STAGES = (1, 2, 3, 4)
 
 
-def model(kinds: list[str]) -> ModelConfig:
+def model(kinds: list[Kind]) -> ModelConfig:
     return ModelConfig(
         architecture="Test",
         vocab_size=8,
@@ -34,7 +38,7 @@ def model(kinds: list[str]) -> ModelConfig:
     )
 
 
-def stack(kinds: list[str], pp: int = 1, partition: tuple[int, ...] | None = None) -> LayerStack:
+def stack(kinds: list[Kind], pp: int = 1, partition: tuple[int, ...] | None = None) -> LayerStack:
     return stack_layers(model(kinds), Rules(ParallelPlan(pp=pp, pp_partition=partition)))
 
 
