@@ -10,10 +10,12 @@ from llmjax.explore.pictures import draw_mesh, draw_shards
 from llmjax.explore.steps import Step
 from llmjax.explore.table import Report, Table
 from llmjax.explore.tables import compare_bytes, compare_rules, compare_specs, list_tensors
+from llmjax.explore.traffic import ExpertTraffic
 
 __all__ = [
     "Collective",
     "Description",
+    "ExpertTraffic",
     "Layout",
     "Report",
     "Step",

@@ -12,8 +12,9 @@ from llmjax.explore.layout import Layout, TensorLayout, lay_out, read_config
 from llmjax.explore.steps import Step, read_steps
 from llmjax.explore.table import Report, Table
 from llmjax.explore.tables import format_axes, format_bytes, format_shape, format_spec
+from llmjax.explore.traffic import ExpertTraffic, list_traffic
 from llmjax.plans import check_that_it_runs, resolve
-from meshes import ParallelPlan
+from meshes import ParallelPlan, Rules
 
 WHEN = {"always": "", "branch": "in a branch", "round": "each round"}
 """`Collective.when` in the words of a table."""
@@ -31,6 +32,10 @@ class Description:
     """Shape, spec and bytes of every weight, and of the cache."""
     steps: tuple[Step, ...]
     """What the compiled decode step and prefill step send."""
+    traffic: tuple[ExpertTraffic, ...]
+    """How steps of every size send tokens to their experts; empty for a model without experts."""
+    buffer_budget: int
+    """Bytes on a device that the buffers of an expert layer may take."""
 
     @property
     def plan(self) -> ParallelPlan:
@@ -57,6 +62,7 @@ class Description:
             tables=(
                 self._sum_up(),
                 _list_weights(self.layout),
+                *self._list_traffic(),
                 *(_list_collectives(step, self.plan) for step in self.steps),
             ),
         )
@@ -67,6 +73,7 @@ class Description:
         tables = [
             _compare_rows("Bytes", _sizes(self), _sizes(other), names),
             _compare_rows("Weights", _weights(self), _weights(other), names),
+            _compare_rows("Expert dispatch", _traffic(self), _traffic(other), names),
         ]
         for mine, theirs in zip(self.steps, other.steps, strict=True):
             title = f"Calls and bytes that a {mine.name} step sends"
@@ -88,11 +95,21 @@ class Description:
         rows = tuple((name, *sizes) for name, sizes in _sizes(self).items())
         return Table(title="Bytes", columns=("", "in all", "a device"), rows=rows)
 
+    def _list_traffic(self) -> tuple[Table, ...]:
+        columns = ("tokens", "dispatch", "rounds", "a device sends", "its buffers", "largest round")
+        rows = tuple((tokens, *cells) for tokens, cells in _traffic(self).items())
+        title = (
+            "Expert dispatch of a layer, by tokens of a batch rank; the largest round is the most "
+            f"tokens whose buffers fit into {format_bytes(self.buffer_budget)}"
+        )
+        return (Table(title=title, columns=columns, rows=rows),) if rows else ()
+
 
 def describe(
     plan: ParallelPlan | str | Path | None,
     model: str | Path | ModelConfig,
     *,
+    device_gib: float = 80,
     allow_unsupported: Sequence[str] = (),
     **options: Any,
 ) -> Description:
@@ -105,6 +122,8 @@ def describe(
         plan, allow_unsupported, options: what `LLM` takes. `max_batch_size` and `max_num_tokens`
             are the sizes of the steps; `dtype` is by default the checkpoint's.
         model: what `LLM` takes, or its configuration.
+        device_gib: memory of a device. Buffers of experts may take what the KV cache leaves:
+            1 - `free_gpu_memory_fraction` of what is free beside the weights.
 
     Raises:
         CheckpointError, ConfigError, PlanError: what was asked for does not exist or does not fit.
@@ -114,12 +133,20 @@ def describe(
     check_that_it_runs(plan)
     config = model if isinstance(model, ModelConfig) else read_config(model)
     plan.check_layers(config.num_layers)
-    dtype = engine.dtype or config.dtype
+    engine = replace(engine, dtype=engine.dtype or config.dtype)
+    layout = lay_out(config, plan, dtype=str(engine.dtype))
+    programs = read_steps(config, plan, engine)
+    free = max(0, device_gib * 2**30 - layout.device_bytes)
+    budget = int(free * (1 - engine.free_gpu_memory_fraction))
     return Description(
         model=config.architecture if isinstance(model, ModelConfig) else str(model),
-        dtype=dtype,
-        layout=lay_out(config, plan, dtype=dtype),
-        steps=read_steps(config, plan, replace(engine, dtype=dtype)),
+        dtype=str(engine.dtype),
+        layout=layout,
+        steps=programs.steps,
+        traffic=list_traffic(
+            config, Rules(plan), engine, token_counts=programs.token_counts, budget=budget
+        ),
+        buffer_budget=budget,
     )
 
 
@@ -207,6 +234,20 @@ def _weights(description: Description) -> Cells:
 def _describe_tensor(tensor: TensorLayout, plan: ParallelPlan) -> tuple[str, ...]:
     shape, size = format_shape(tensor.shape), format_bytes(tensor.device_bytes)
     return (f"{shape} over {format_spec(tensor, plan)}", f"{size} a device")
+
+
+def _traffic(description: Description) -> Cells:
+    """Tokens of a batch rank -> their dispatch."""
+    return {
+        str(one.tokens): (
+            one.method,
+            str(one.rounds),
+            format_bytes(one.sent_bytes),
+            format_bytes(one.buffer_bytes),
+            str(one.largest_round),
+        )
+        for one in description.traffic
+    }
 
 
 def _calls(step: Step, description: Description) -> Cells:

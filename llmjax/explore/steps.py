@@ -39,7 +39,17 @@ class Step:
     """Everything that devices send to each other."""
 
 
-def read_steps(config: ModelConfig, plan: ParallelPlan, engine: EngineConfig) -> tuple[Step, ...]:
+@dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The steps of an engine, of which the largest are compiled."""
+
+    steps: tuple[Step, ...]
+    """The largest decode step and the largest prefill step."""
+    token_counts: tuple[int, ...]
+    """Tokens of a batch rank in each step that an engine would have, rising."""
+
+
+def read_steps(config: ModelConfig, plan: ParallelPlan, engine: EngineConfig) -> Programs:
     """Compiles the largest decode step and the largest prefill step, and lists what they send.
 
     Nothing is allocated. Where too few devices are here, a process with virtual CPU devices does
@@ -62,10 +72,10 @@ def answer_job(job: str) -> str:
     engine = rebuild(EngineConfig, values["engine"])
     enable_compile_cache(engine.compile_cache)
     try:
-        steps = _compile_and_read(rebuild(ModelConfig, values["config"]), plan, engine)
+        programs = _compile_and_read(rebuild(ModelConfig, values["config"]), plan, engine)
     except (ConfigError, PlanError) as error:
         return json.dumps({"error": type(error).__name__, "sentence": str(error)})
-    return json.dumps({"steps": [asdict(step) for step in steps]})
+    return json.dumps({"programs": asdict(programs)})
 
 
 def rebuild(kind: type[Any], values: Mapping[str, Any]) -> Any:
@@ -74,9 +84,7 @@ def rebuild(kind: type[Any], values: Mapping[str, Any]) -> Any:
     return kind(**{key: _restore(hints[key], value) for key, value in values.items()})
 
 
-def _compile_and_read(
-    config: ModelConfig, plan: ParallelPlan, engine: EngineConfig
-) -> tuple[Step, ...]:
+def _compile_and_read(config: ModelConfig, plan: ParallelPlan, engine: EngineConfig) -> Programs:
     rules, mesh = Rules(plan), make_mesh(plan)
     weights = {
         path: jax.ShapeDtypeStruct(
@@ -95,7 +103,7 @@ def _compile_and_read(
         {bucket: runner.lower(bucket) for bucket in buckets.values()},
         compiler_options={**kept, **runner.compiler_options},
     )
-    return tuple(
+    steps = tuple(
         Step(
             name=name,
             rows=bucket.rows,
@@ -105,9 +113,11 @@ def _compile_and_read(
         )
         for name, bucket in buckets.items()
     )
+    counts = sorted({bucket.tokens for bucket in runner.buckets})
+    return Programs(steps=steps, token_counts=tuple(counts))
 
 
-def _read_apart(config: ModelConfig, plan: ParallelPlan, engine: EngineConfig) -> tuple[Step, ...]:
+def _read_apart(config: ModelConfig, plan: ParallelPlan, engine: EngineConfig) -> Programs:
     if engine.logits_processors:
         raise ConfigError(
             f"The plan ({plan}) needs {plan.num_devices} devices, which another process provides, "
@@ -129,7 +139,7 @@ def _read_apart(config: ModelConfig, plan: ParallelPlan, engine: EngineConfig) -
         raise {"ConfigError": ConfigError, "PlanError": PlanError}[answer["error"]](
             answer["sentence"]
         )
-    return tuple(rebuild(Step, step) for step in answer["steps"])
+    return rebuild(Programs, answer["programs"])
 
 
 def _restore(hint: Any, value: Any) -> Any:

@@ -13,10 +13,11 @@ from llmjax import LLM, ConfigError, ParallelPlan, PlanError, describe
 from llmjax.config import EngineConfig, ModelConfig
 from llmjax.explore import Description, lay_out, read_collectives
 from llmjax.explore.layout import read_config
-from llmjax.explore.steps import Step, rebuild
+from llmjax.explore.steps import Programs, Step, rebuild
 
 LLAMA = Path(__file__).resolve().parent.parent / "golden" / "llama"
 """3 layers, 4 query and 2 key/value heads of 16, 64 in the stream, 96 in the MLP, 160 tokens."""
+MIXTRAL = LLAMA.parent / "mixtral"
 TENSOR = ParallelPlan(tp=2)
 ATTENTION_DP = ParallelPlan(tp=4, attention_dp=True)
 SMALL: dict[str, Any] = {"max_batch_size": 4, "max_num_tokens": 32, "max_seq_len": 64}
@@ -98,6 +99,22 @@ def test_a_description_prints_every_weight_and_every_collective(described):
     assert html.count("<table>") == 4 and "mlp.down" in html
 
 
+def test_the_dispatch_of_experts_is_described_as_it_is_compiled():
+    plan = ParallelPlan(ep=2, attention_dp=True)
+    found = describe(plan, MIXTRAL, **SMALL, moe_dispatch="all_to_all", device_gib=0.003)
+    calls = count_calls(found.steps[0])
+    assert calls["mlp", "all-to-all"] > 0 and calls["mlp", "all-gather"] == 0
+    # Decode steps of 1 and 4 requests, and the prefill step of 32 tokens beside 4 decodes.
+    assert [one.tokens for one in found.traffic] == [1, 4, 36]
+    assert {one.method for one in found.traffic} == {"all_to_all"}
+    buffers = [one.buffer_bytes for one in found.traffic]
+    assert buffers == sorted(buffers) and buffers[0] > 0
+    # A tenth of what the weights leave is for buffers: it holds a part of the largest step.
+    assert 0 < found.traffic[-1].largest_round < 36
+    text = [line.split() for line in str(found).splitlines()]
+    assert ["36", "all_to_all", "1"] in [line[:3] for line in text]
+
+
 def test_a_difference_holds_the_rows_that_differ_and_no_others(described):
     one, other = described[TENSOR], described[ATTENTION_DP]
     assert str(one.diff(one)).endswith("no difference")
@@ -156,7 +173,8 @@ def test_a_plan_may_be_given_in_all_the_words_that_llm_takes(described):
 def test_what_goes_to_another_process_and_back_arrives_as_it_was(described):
     engine = EngineConfig(batch_buckets=(1, 8), compiler_options={"some_option": True})
     plan = ParallelPlan(pp=2, pp_partition=(1, 2))
-    for value in (read_config(LLAMA), engine, plan, *described[TENSOR].steps):
+    programs = Programs(steps=described[TENSOR].steps, token_counts=(1, 8))
+    for value in (read_config(LLAMA), engine, plan, programs):
         assert rebuild(type(value), json.loads(json.dumps(asdict(value)))) == value
 
 

@@ -58,5 +58,6 @@ def test_sizes_are_those_of_tensorrt_llm(monkeypatch):
         "enable_attention_dp": True,
         "moe_dispatch": "allgather",
         "dtype": "bfloat16",
+        "device_gib": 80,
         "allow_unsupported": ["a_key"],
     }
