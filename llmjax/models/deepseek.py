@@ -104,7 +104,7 @@ def sources(config: ModelConfig, slots: HeadSlots, names: Collection[str]) -> So
 
 FAMILY = Family(
     architectures=(V2, V3),
-    model_types=("deepseek_v2", "deepseek_v3"),
+    model_types={"deepseek_v2": V2, "deepseek_v3": V3, "kimi_k2": V3},
     read_config=read_config,
     sources=sources,
     # V3 ends with layers that predict further tokens, which nothing here uses.

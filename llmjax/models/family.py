@@ -22,8 +22,8 @@ class Family:
     """config.json -> our words."""
     sources: Callable[[ModelConfig, HeadSlots, Collection[str]], Sources]
     """Where each weight comes from; told the tensors' names, for families of several spellings."""
-    model_types: tuple[str, ...] = ()
-    """Names in `model_type`, by which a multimodal wrapper says what text model it holds."""
+    model_types: Mapping[str, str]
+    """`model_type`, by which a multimodal model says what text model it holds -> architecture."""
     ignored: tuple[str, ...] = ()
     """Patterns of tensors that the family knowingly drops; `{beyond}` stands for the index of any
     layer after the last one, where checkpoints keep layers that predict further tokens."""

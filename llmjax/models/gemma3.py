@@ -96,7 +96,7 @@ def sources(config: ModelConfig, slots: HeadSlots, names: Collection[str]) -> So
 
 FAMILY = Family(
     architectures=("Gemma3ForCausalLM",),
-    model_types=("gemma3_text",),
+    model_types={"gemma3_text": "Gemma3ForCausalLM"},
     read_config=read_config,
     sources=sources,
     ignored=ROTARY_BUFFERS,

@@ -51,7 +51,7 @@ def sources(config: ModelConfig, slots: HeadSlots, names: Collection[str]) -> So
 
 FAMILY = Family(
     architectures=("Glm4MoeForCausalLM",),
-    model_types=("glm4_moe",),
+    model_types={"glm4_moe": "Glm4MoeForCausalLM"},
     read_config=read_config,
     sources=sources,
     # It ends with a layer that predicts a further token, which nothing here uses.

@@ -63,7 +63,7 @@ def sources(config: ModelConfig, slots: HeadSlots, names: Collection[str]) -> So
 
 FAMILY = Family(
     architectures=("GptOssForCausalLM",),
-    model_types=("gpt_oss",),
+    model_types={"gpt_oss": "GptOssForCausalLM"},
     read_config=read_config,
     sources=sources,
     ignored=ROTARY_BUFFERS,

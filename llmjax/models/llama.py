@@ -28,6 +28,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 FAMILY = Family(
     architectures=("LlamaForCausalLM", "MistralForCausalLM"),
+    model_types={"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"},
     read_config=read_config,
     sources=dense_sources,
     ignored=ROTARY_BUFFERS,

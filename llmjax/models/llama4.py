@@ -83,7 +83,7 @@ def sources(config: ModelConfig, slots: HeadSlots, names: Collection[str]) -> So
 
 FAMILY = Family(
     architectures=("Llama4ForCausalLM",),
-    model_types=("llama4_text",),
+    model_types={"llama4_text": "Llama4ForCausalLM"},
     read_config=read_config,
     sources=sources,
     ignored=ROTARY_BUFFERS,

@@ -55,7 +55,7 @@ def sources(config: ModelConfig, slots: HeadSlots, names: Collection[str]) -> So
 
 FAMILY = Family(
     architectures=("MixtralForCausalLM",),
-    model_types=("mixtral",),
+    model_types={"mixtral": "MixtralForCausalLM"},
     read_config=read_config,
     sources=sources,
     ignored=ROTARY_BUFFERS,

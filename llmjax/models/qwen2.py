@@ -28,6 +28,7 @@ def qwen_layer_types(hf: Mapping[str, Any]) -> list[str]:
 
 FAMILY = Family(
     architectures=("Qwen2ForCausalLM",),
+    model_types={"qwen2": "Qwen2ForCausalLM"},
     read_config=read_config,
     sources=dense_sources,
     ignored=ROTARY_BUFFERS,

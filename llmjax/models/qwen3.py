@@ -19,4 +19,10 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     return read_dense_config({"head_dim": 128, **hf}, **special)
 
 
-FAMILY = Family(architectures=("Qwen3ForCausalLM",), read_config=read_config, sources=dense_sources)
+FAMILY = Family(
+    architectures=("Qwen3ForCausalLM",),
+    # The text model of Qwen3-VL is Qwen3: without images its three rotary positions are one.
+    model_types={"qwen3": "Qwen3ForCausalLM", "qwen3_vl_text": "Qwen3ForCausalLM"},
+    read_config=read_config,
+    sources=dense_sources,
+)

@@ -42,7 +42,7 @@ def sources(config: ModelConfig, slots: HeadSlots, names: Collection[str]) -> So
 
 FAMILY = Family(
     architectures=("Qwen3MoeForCausalLM",),
-    model_types=("qwen3_moe",),
+    model_types={"qwen3_moe": "Qwen3MoeForCausalLM"},
     read_config=read_config,
     sources=sources,
 )

@@ -47,7 +47,10 @@ def find_family(hf: Mapping[str, Any]) -> Family:
     for name in architectures:
         if name in by_name:
             return by_name[name]
+    text = hf.get("text_config")
+    inside = text.get("model_type") if isinstance(text, Mapping) else None
+    holding = f" with a text model of the type {inside}" if inside else ""
     raise ConfigError(
-        f"config.json names the architecture {', '.join(architectures) or '(none)'}, which is not "
-        f"implemented: known are {', '.join(sorted(by_name))}."
+        f"config.json names the architecture {', '.join(architectures) or '(none)'}{holding}, "
+        f"which is not implemented: known are {', '.join(sorted(by_name))}."
     )

