@@ -99,7 +99,7 @@ def programs(shape: Shape, *, tune: bool, num_sms: int) -> Iterator[tuple[str, C
         rows=shape.rows, groups=shape.groups, k=shape.k, n=shape.n, num_sms=num_sms
     )
     for name, config in configs.NAMED.items():
-        plausible = config.max_rows <= 64 if mean <= 48 else config.max_rows > 64
+        plausible = config.max_rows <= 32 if mean <= 24 else config.max_rows > 32
         if config == shipped or (tune and plausible and shape.n % config.columns == 0):
             run = functools.partial(
                 mosaic_sm90.grouped_gemm, layer=0, config=config, num_sms=num_sms

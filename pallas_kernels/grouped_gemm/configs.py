@@ -1,6 +1,7 @@
 """Tile configurations of the Hopper grouped GEMM, chosen by shape.
 
-Measured on an H200 by `python -m benchmarks.kernels --op grouped_gemm --tune`.
+Measured on an H200 by `python -m benchmarks.kernels --op grouped_gemm --tune`, and by the benchmark
+`grouped_gemm_layer` where few rows leave most groups empty.
 """
 
 import math
@@ -13,8 +14,6 @@ PAIR = TileConfig(row_tiles=(8, 16, 32), warpgroups=1, width=128, stages=8, stor
 """128 columns, the fewest that a gate and what it gates must have together."""
 WIDE = TileConfig(row_tiles=(8, 16, 32), width=128, stages=6, store_rows=8)
 """256 columns by up to 32 rows: reads 512 neighbouring bytes of each weight row."""
-THIN = TileConfig(row_tiles=(16, 32, 48, 64), warpgroups=1, stages=12, store_rows=32)
-"""64 columns by up to 64 rows, where wider tiles would leave multiprocessors without work."""
 MEDIUM = TileConfig(row_tiles=(16, 64, 96, 128, 136, 144), stages=6, store_rows=32)
 """128 columns by up to 144 rows, six steps in flight: memory still sets the pace."""
 SQUARE = TileConfig(row_tiles=(16, 64, 96, 128, 136, 144), width=128, stages=4, store_rows=24)
@@ -27,7 +26,7 @@ TALL_PAIR = TileConfig(row_tiles=(64, 128, 144), warpgroups=1, width=128, stages
 """128 columns by up to 144 rows, likewise for a gate and what it gates."""
 
 NAMED = {
-    "narrow": NARROW, "pair": PAIR, "wide": WIDE, "thin": THIN, "medium": MEDIUM, "square": SQUARE,
+    "narrow": NARROW, "pair": PAIR, "wide": WIDE, "medium": MEDIUM, "square": SQUARE,
     "large": LARGE, "tall narrow": TALL_NARROW, "tall pair": TALL_PAIR,
 }  # fmt: skip
 """What the tuner tries."""
@@ -42,23 +41,24 @@ def config_for(
     """
     mean = rows / groups
     if mean <= 24:
-        candidates = [WIDE, PAIR] if gated else [WIDE, PAIR, NARROW]
-    elif gated:
-        candidates = [SQUARE, TALL_PAIR]
-    elif mean <= 48:
-        candidates = [MEDIUM, THIN]
-    elif mean <= 160 and k < 4096:
-        # Storing a tile is a large part of a short product, and a small tile stores sooner.
-        candidates = [MEDIUM, TALL_NARROW]
-    else:
-        candidates = [SQUARE, TALL_NARROW]
-    dividing = [config for config in candidates if n % config.columns == 0]
-    if mean > 48 or not dividing:
-        return (dividing or candidates)[0]
-    # Where memory sets the pace, wide tiles are worth less than work for every multiprocessor.
+        return _memory_bound(rows=rows, groups=groups, n=n, num_sms=num_sms, gated=gated)
+    if gated:
+        return SQUARE if n % SQUARE.columns == 0 else TALL_PAIR
+    # Storing a tile is a large part of a short product, and a small tile stores sooner.
+    config = MEDIUM if mean <= 48 or (mean <= 160 and k < 4096) else SQUARE
+    return config if n % config.columns == 0 else TALL_NARROW
+
+
+def _memory_bound(*, rows: int, groups: int, n: int, num_sms: int, gated: bool) -> TileConfig:
+    """The widest tile that divides n and leaves about as few multiprocessors idle as any."""
+    candidates = [c for c in (WIDE, PAIR) if n % c.columns == 0]
+    if not gated:
+        candidates.append(NARROW)
     used_groups = groups * (1 - (1 - 1 / groups) ** rows)
-    shares = [_busy_share(used_groups * n / config.columns, num_sms) for config in dividing]
-    return next(c for c, share in zip(dividing, shares, strict=True) if share > 0.9 * max(shares))
+    shares = [_busy_share(used_groups * n / c.columns, num_sms) for c in candidates]
+    enough = 0.9 * max(shares, default=0)
+    busy = (c for c, share in zip(candidates, shares, strict=True) if share > enough)
+    return next(busy, PAIR)
 
 
 def _busy_share(tiles: float, num_sms: int) -> float:
