@@ -116,7 +116,7 @@ def describe(
     """Describes a model on a plan: no weights are read, and no device of the plan is needed.
 
     The steps are compiled for the devices that are here if they are enough, otherwise for virtual
-    CPU devices in a process beside this one.
+    CPU devices in a process beside this one. Sizes that are not given are those of `LLM` there.
 
     Args:
         plan, allow_unsupported, options: what `LLM` takes. `max_batch_size` and `max_num_tokens`

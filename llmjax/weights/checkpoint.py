@@ -19,8 +19,9 @@ _EMBEDDED_VERSION = "0.1.2"
 def open_checkpoint(model: str | Path, *, needs_weights: bool = True) -> Checkpoint:
     """Open a model folder, a .gguf file, the embedded model, or a model of the hub.
 
-    The embedded name comes first, then what exists on disk, then the hub. A folder opened without
-    `needs_weights` may hold a configuration alone. Of a multimodal model its text model is opened.
+    The embedded name comes first, then what exists on disk, then the hub. Without `needs_weights` a
+    folder may hold a configuration alone, and of a hub id no weights are downloaded. Of a
+    multimodal model its text model is opened.
 
     Raises:
         CheckpointError: the model cannot be found, or its files are damaged.
@@ -37,7 +38,8 @@ def open_checkpoint(model: str | Path, *, needs_weights: bool = True) -> Checkpo
             f"{model} does not exist; give a model folder, a .gguf file, a hub id such as "
             f'"owner/name", or the embedded model "{EMBEDDED_MODEL}".'
         )
-    return unwrap_text(HFCheckpoint(download_model(model, embedded=EMBEDDED_MODEL)))
+    folder = download_model(model, embedded=EMBEDDED_MODEL, needs_weights=needs_weights)
+    return unwrap_text(HFCheckpoint(folder, needs_weights=needs_weights))
 
 
 def _open_file(path: Path) -> Checkpoint:

@@ -8,21 +8,24 @@ from huggingface_hub import errors
 from llmjax.weights.interface import CheckpointError
 
 # No *.bin, *.pt, *.pth: pickles are never read, so they are not downloaded either.
-_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model")
+_WEIGHTS = ("*.safetensors",)
+_OTHERS = ("*.json", "*.jinja", "*.model")
 
 
-def download_model(hub_id: str, *, embedded: str) -> Path:
+def download_model(hub_id: str, *, embedded: str, needs_weights: bool = True) -> Path:
     """Return the local folder of a hub model, downloading what is not cached.
 
     Args:
         embedded: the model that needs no download, named in the errors.
+        needs_weights: otherwise only configuration and tokenizer are downloaded.
 
     Raises:
         CheckpointError: the id does not exist, needs a login, or cannot be reached.
     """
     instead = f'Use a local folder, a .gguf file or the embedded model "{embedded}" instead'
+    files = [*_OTHERS, *(_WEIGHTS if needs_weights else ())]
     try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_FILES)))
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=files))
     except errors.GatedRepoError:
         raise CheckpointError(
             f"{hub_id} is a gated model: accept its terms on https://huggingface.co/{hub_id} and "

@@ -84,3 +84,17 @@ def test_no_pickle_is_downloaded_from_the_hub(monkeypatch, tmp_path):
     assert "has nothing in it" in refusal("owner/name")
     assert "*.safetensors" in asked and "*.json" in asked
     assert not any(pattern.endswith(("bin", "pt", "pth", "*")) for pattern in asked)
+
+
+def test_without_need_for_weights_none_are_downloaded_from_the_hub(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    asked = []
+
+    def snapshot_download(hub_id, *, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    checkpoint = open_checkpoint("owner/name", needs_weights=False)
+    assert checkpoint.config["architectures"] == ["LlamaForCausalLM"]
+    assert "*.json" in asked and "*.safetensors" not in asked
