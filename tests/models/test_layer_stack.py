@@ -1,17 +1,13 @@
 """Layers of several kinds, stacked for pipeline stages, run once each and in order."""
 
-from typing import Literal
-
 import pytest
 
 from llmjax.config import LayerConfig, ModelConfig
 from llmjax.models.layer_stack import LayerStack, stack_layers
 from meshes import ParallelPlan, Rules
 
-Kind = Literal["dense", "experts"]
-D: Kind = "dense"
-E: Kind = "experts"
-PATTERNS: dict[str, list[Kind]] = {
+D, E = "dense", "experts"
+PATTERNS = {
     "all alike": [D] * 7,
     "dense first": [D] * 3 + [E] * 5,
     "turns": [D, E] * 4,
@@ -23,7 +19,7 @@ PATTERNS: dict[str, list[Kind]] = {
 STAGES = (1, 2, 3, 4)
 
 
-def model(kinds: list[Kind]) -> ModelConfig:
+def model(kinds: list[str]) -> ModelConfig:
     return ModelConfig(
         architecture="Test",
         vocab_size=8,
@@ -34,11 +30,11 @@ def model(kinds: list[Kind]) -> ModelConfig:
         head_dim=4,
         intermediate_size=4,
         max_position_embeddings=8,
-        layers=tuple(LayerConfig(ffn=kind) for kind in kinds),
+        layers=tuple(LayerConfig(ffn="experts" if kind == E else "dense") for kind in kinds),
     )
 
 
-def stack(kinds: list[Kind], pp: int = 1, partition: tuple[int, ...] | None = None) -> LayerStack:
+def stack(kinds: list[str], pp: int = 1, partition: tuple[int, ...] | None = None) -> LayerStack:
     return stack_layers(model(kinds), Rules(ParallelPlan(pp=pp, pp_partition=partition)))
 
 
