@@ -14,6 +14,9 @@ from pallas_kernels.reference import store_rows, write_pages
 
 __all__ = ["paged_attention", "store_rows", "write_pages"]
 
+type Attended = tuple[Array, Array]
+"""Outputs and log-sum-exps."""
+
 IMPLEMENTATIONS = ("decode_sm90", "prefill_sm90", "reference")
 
 
@@ -52,19 +55,21 @@ def paged_attention(
             f"implementation={implementation!r} does not exist; use None or one of "
             f"{', '.join(IMPLEMENTATIONS)}"
         )
-    ragged = (layer, page_table, query_start, lengths)
-    options: dict[str, Any] = dict(scale=scale, window=window, soft_cap=soft_cap, sinks=sinks)
+    operands = (q, k_pages, v_pages, layer, page_table, query_start, lengths)
+    options: dict[str, Any] = dict(
+        scale=scale, window=window, chunk=chunk, soft_cap=soft_cap, sinks=sinks
+    )
     if implementation != "reference":
         one_each = max_query_length == 1 and q.shape[0] == lengths.shape[0]
         name = implementation or ("decode_sm90" if one_each else "prefill_sm90")
         try:
-            if v_pages is None or chunk is not None:
-                raise NotImplementedError("takes values of their own, and no chunks")
+            if v_pages is None:
+                raise NotImplementedError("takes values of their own")
             device = _hopper_device()
             if name == "prefill_sm90":
-                attended = _prefill(device, q, k_pages, v_pages, *ragged, options)
+                attended = _prefill(device, operands, options)
             elif one_each:
-                attended = _decode(device, q, k_pages, v_pages, *ragged, options)
+                attended = _decode(device, operands, options)
             else:
                 raise NotImplementedError(
                     f"takes one query a row, got {q.shape[0]} queries in {lengths.shape[0]} rows "
@@ -78,12 +83,8 @@ def paged_attention(
             _log_pick(name, f"on {device.device_kind}")
             return attended
     return reference.paged_attention(
-        q,
-        k_pages,
-        v_pages,
-        *ragged,
+        *operands,
         max_query_length=max_query_length,
-        chunk=chunk,
         value_dim=value_dim,
         **options,
     )
@@ -97,18 +98,9 @@ def _hopper_device() -> Any:
     return device
 
 
-def _decode(
-    device: Any,
-    q: Array,
-    k_pages: Array,
-    v_pages: Array,
-    layer: Array | int,
-    page_table: Array,
-    query_start: Array,
-    lengths: Array,
-    options: dict[str, Any],
-) -> tuple[Array, Array]:
-    del query_start  # Row r owns query r.
+def _decode(device: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> Attended:
+    # Row r owns query r.
+    q, k_pages, v_pages, layer, page_table, _, lengths = operands
     config = decode_config(
         heads=q.shape[1],
         kv_heads=k_pages.shape[3],
@@ -121,12 +113,10 @@ def _decode(
     )
 
 
-def _prefill(
-    device: Any, q: Array, k_pages: Array, v_pages: Array, *ragged: Any
-) -> tuple[Array, Array]:
-    *ragged, options = ragged
+def _prefill(device: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> Attended:
+    q, _, v_pages, *_ = operands
     config = prefill_config(d=q.shape[2], dv=v_pages.shape[4], num_sms=device.core_count)
-    return prefill_sm90.paged_prefill(q, k_pages, v_pages, *ragged, **options, config=config)
+    return prefill_sm90.paged_prefill(*operands, **options, config=config)
 
 
 @functools.cache

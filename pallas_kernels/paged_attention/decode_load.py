@@ -107,7 +107,7 @@ class _Loader:
             row = self.pool_start + pages[i * len(pages) // shape.copies] * shape.page
             row = row + lax.rem(position, jnp.int32(shape.page))
             visible = position < segment.length
-            if shape.windowed:
+            if shape.limited:
                 visible = visible & (position + shape.copy_rows > segment.low)
             copies.append((pl.multiple_of(row, shape.copy_rows), visible))
         return copies

@@ -39,7 +39,8 @@ class DecodeShape:
     page: int
     scale: float
     soft_cap: float | None
-    windowed: bool
+    limited: bool
+    """Whether queries see only a window or a chunk."""
     has_sinks: bool
     config: DecodeConfig
 
@@ -73,7 +74,7 @@ class DecodeRefs:
     layer: Any
     page_table: Any
     lengths: Any
-    window: Any = None
+    limits: Any = None
     sinks: Any = None
     out: Any
     lse: Any

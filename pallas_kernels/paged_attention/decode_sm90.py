@@ -30,6 +30,7 @@ from pallas_kernels.paged_attention.decode_softmax import (
     write,
     write_out,
 )
+from pallas_kernels.paged_attention.limits import pack_limits
 from pallas_kernels.paged_attention.schedule import Schedule, Segment, plan_share
 
 MAX_GROUP = 64
@@ -46,6 +47,7 @@ def paged_decode(
     *,
     scale: float,
     window: Int[Array, ""] | int | None = None,
+    chunk: Int[Array, ""] | int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, "heads"] | None = None,
     config: DecodeConfig,
@@ -57,6 +59,7 @@ def paged_decode(
     """
     rows, heads, d = q.shape
     _, pages, page, kv_heads, dv = v_pages.shape
+    limits = pack_limits(window, chunk)
     shape = DecodeShape(
         rows=rows,
         kv_heads=kv_heads,
@@ -67,7 +70,7 @@ def paged_decode(
         page=page,
         scale=scale,
         soft_cap=soft_cap,
-        windowed=window is not None,
+        limited=limits is not None,
         has_sinks=sinks is not None,
         config=config,
     )
@@ -84,8 +87,8 @@ def paged_decode(
         "page_table": page_table,
         "lengths": lengths,
     }
-    if window is not None:
-        operands["window"] = jnp.asarray(window, jnp.int32).reshape(1)
+    if limits is not None:
+        operands["limits"] = limits
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(kv_heads, group)
         operands["sinks"] = jnp.pad(sinks, ((0, 0), (0, columns - group)))
@@ -178,7 +181,7 @@ def _decode_kernel(shape: DecodeShape, names: tuple[str, ...], *all_refs: Any) -
         tile=config.kv_block,
         min_tiles=config.min_tiles,
         lengths=refs.lengths,
-        window=refs.window,
+        limits=refs.limits,
     )
     saved = None
     if config.synchronize:

@@ -88,7 +88,7 @@ def attend(
         values = refs.v_shared.at[slot]
 
         partly_hidden = start + kv_block > segment.length
-        if shape.windowed:
+        if shape.limited:
             partly_hidden = partly_hidden | (start < segment.low)
 
         @pl.when(partly_hidden)
@@ -132,7 +132,7 @@ def _visible(
     """Returns which positions of the tile at `start`, its rows, the query sees."""
     position = plgpu.broadcasted_iota(jnp.int32, tile_shape, 0, layout=plgpu.Layout.WGMMA)
     visible = position < segment.length - start
-    if shape.windowed:
+    if shape.limited:
         visible = visible & (position >= segment.low - start)
     return visible
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels.paged_attention.limits import first_visible
 from pallas_kernels.paged_attention.prefill_shape import TOKEN_ALIGNMENT
 
 
@@ -46,7 +47,7 @@ class Plan(NamedTuple):
 def plan_tiles(
     query_start: Int[Array, "rows_plus_one"],
     lengths: Int[Array, "rows"],
-    window: Int[Array, ""] | int | None,
+    limits: Int[Array, "2"] | None,
     *,
     tokens: int,
     tile_tokens: int,
@@ -80,9 +81,8 @@ def plan_tiles(
         kv_tiles=jnp.zeros_like(index),
         length=length[row],
     )
-    if window is not None:
-        low = jnp.maximum((length - end)[row] + begin - window + 1, 0)
-        low = jnp.where(jnp.asarray(window) > 0, low, 0)
+    if limits is not None:
+        low = first_visible((length - end)[row] + begin, limits)
         tile = tile._replace(kv_begin=low // kv_alignment * kv_alignment)
     kv_end = tile.position + tile.end - token
     kv_tiles = jnp.where(tile.length > 0, -(-(kv_end - tile.kv_begin) // kv_block), 0)

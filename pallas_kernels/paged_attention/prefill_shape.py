@@ -40,7 +40,8 @@ class PrefillShape:
     page: int
     scale: float
     soft_cap: float | None
-    windowed: bool
+    limited: bool
+    """Whether queries see only a window or a chunk."""
     has_sinks: bool
     config: PrefillConfig
 
@@ -87,7 +88,7 @@ class PrefillRefs:
     tiles: Any
     """Tiles of queries, see `prefill_plan`."""
     tile_count: Any
-    window: Any = None
+    limits: Any = None
     sinks: Any = None
     out: Any
     lse: Any

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged_attention.limits import pack_limits
 from pallas_kernels.paged_attention.prefill_load import load_items
 from pallas_kernels.paged_attention.prefill_plan import Plan, gather_tokens, plan_tiles
 from pallas_kernels.paged_attention.prefill_shape import (
@@ -43,6 +44,7 @@ def paged_prefill(
     *,
     scale: float,
     window: Int[Array, ""] | int | None = None,
+    chunk: Int[Array, ""] | int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, "heads"] | None = None,
     config: PrefillConfig,
@@ -54,6 +56,7 @@ def paged_prefill(
     """
     tokens, heads, d = q.shape
     _, pages, page, kv_heads, dv = v_pages.shape
+    limits = pack_limits(window, chunk)
     shape = PrefillShape(
         tokens=tokens + -tokens % TOKEN_ALIGNMENT,
         heads=heads,
@@ -64,7 +67,7 @@ def paged_prefill(
         page=page,
         scale=scale,
         soft_cap=soft_cap,
-        windowed=window is not None,
+        limited=limits is not None,
         has_sinks=sinks is not None,
         config=config,
     )
@@ -72,7 +75,7 @@ def paged_prefill(
     plan = plan_tiles(
         query_start,
         lengths,
-        window,
+        limits,
         tokens=tokens,
         tile_tokens=shape.item_tokens,
         kv_block=config.kv_block,
@@ -88,8 +91,8 @@ def paged_prefill(
         "tiles": plan.tiles,
         "tile_count": plan.count,
     }
-    if window is not None:
-        operands["window"] = jnp.asarray(window, jnp.int32).reshape(1)
+    if limits is not None:
+        operands["limits"] = limits
     if sinks is not None:
         operands["sinks"] = sinks.astype(jnp.float32)
     out, lse = _launch(shape, plan, operands, interpret)

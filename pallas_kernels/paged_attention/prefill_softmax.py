@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from pallas_kernels.paged_attention.limits import first_visible
 from pallas_kernels.paged_attention.prefill_shape import (
     WARPGROUP_ROWS,
     WARPGROUPS,
@@ -98,16 +99,15 @@ class _Computer:
         last_full = lax.div(jnp.maximum(position + 1 - item.tile.kv_begin, 0), jnp.int32(kv_block))
         last_full = jnp.minimum(last_full, count)
         first_full = jnp.int32(0)
-        if shape.windowed:
-            window = self.refs.window[0]
-            low = position + queries - window - item.tile.kv_begin
-            first_full = pl.cdiv(jnp.maximum(low, 0), jnp.int32(kv_block))
-            first_full = jnp.minimum(jnp.where(window > 0, first_full, 0), count)
+        if shape.limited:
+            low = first_visible(position + queries - 1, self.refs.limits)
+            first_full = pl.cdiv(jnp.maximum(low - item.tile.kv_begin, 0), jnp.int32(kv_block))
+            first_full = jnp.minimum(first_full, count)
             last_full = jnp.maximum(first_full, last_full)
         whole_tile = functools.partial(self._attend_tile, item, position, False)
         edge_tile = functools.partial(self._attend_tile, item, position, True)
         done = start
-        if shape.windowed:
+        if shape.limited:
             done = lax.fori_loop(0, first_full, edge_tile, done)
         done = lax.fori_loop(first_full, last_full, whole_tile, done)
         return lax.fori_loop(last_full, count, edge_tile, done)
@@ -116,66 +116,77 @@ class _Computer:
         self, item: Item, position: Array, masked: bool, index: Array, carry: Softmax
     ) -> Softmax:
         """Adds a tile to the softmax. It begins and ends with the turn at the tensor cores."""
-        shape, refs = self.shape, self.refs
-        sums, highest, total = carry
-        kv_block = shape.config.kv_block
-        slot = lax.rem(item.steps + index, jnp.int32(shape.config.stages))
-        other = WARPGROUPS - 1 - self.warpgroup
+        slot = lax.rem(item.steps + index, jnp.int32(self.shape.config.stages))
         last = index == item.tile.kv_tiles - 1
+        scores, factor = self._capped(self._multiply_keys(slot, last))
+        if masked:
+            start = item.tile.kv_begin + index * self.shape.config.kv_block
+            scores = jnp.where(self._visible(position, start), scores, HIDDEN)
+        done, weights = self._weigh(carry, scores, factor)
+        return done._replace(sums=self._add_values(done.sums, weights, slot, last))
+
+    def _multiply_keys(self, slot: Array, last: Array) -> Array:
+        """Returns the products of queries and keys, and ends the turn."""
+        refs = self.refs
         plgpu.barrier_wait(refs.k_full.at[slot])
 
-        def multiply_keys(product: Any) -> Array:
+        def multiply(product: Any) -> Array:
             keys = refs.k_shared.at[slot].transpose((1, 0))
             plgpu.wgmma(product, refs.q_shared.at[self.warpgroup], keys)
-            plgpu.barrier_arrive(refs.turn.at[other])
+            self._end_turn()
             return _wgmma(product[...])
 
-        accumulator = plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, kv_block), jnp.float32)
-        scores = pl.run_scoped(multiply_keys, accumulator)
+        tile = (WARPGROUP_ROWS, self.shape.config.kv_block)
+        product = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(tile, jnp.float32))
         plgpu.barrier_arrive(refs.k_free.at[slot])
 
         @pl.when(last)
         def _():
             plgpu.barrier_arrive(refs.q_free)
 
-        scores, factor = self._capped(scores)
-        if masked:
-            start = item.tile.kv_begin + index * kv_block
-            scores = jnp.where(self._visible(position - start, scores.shape), scores, HIDDEN)
-        new_highest = _wgmma(jnp.maximum(highest, scores.max(axis=1) * factor))
-        keep = jnp.exp2(highest - new_highest)
-        weights = _wgmma(jnp.exp2(scores * factor - _along(new_highest, kv_block)))
-        total = _wgmma(total * keep + weights.sum(axis=1))
-        sums = _wgmma(sums * _along(keep, shape.dv))
-        weights = _wgmma(weights.astype(refs.v_shared.dtype))
+        return product
+
+    def _weigh(self, before: Softmax, scores: Array, factor: float) -> tuple[Softmax, Array]:
+        """Returns the softmax without the values of a tile, and the weights of these."""
+        highest = _wgmma(jnp.maximum(before.highest, scores.max(axis=1) * factor))
+        keep = jnp.exp2(before.highest - highest)
+        weights = _wgmma(jnp.exp2(scores * factor - _along(highest, scores.shape[1])))
+        total = _wgmma(before.total * keep + weights.sum(axis=1))
+        sums = _wgmma(before.sums * _along(keep, self.shape.dv))
+        weights = _wgmma(weights.astype(self.refs.v_shared.dtype))
         # What the other warpgroup's turn can hide is done before this one's begins.
-        sums, new_highest, total, weights = lax.optimization_barrier(
-            (sums, new_highest, total, weights)
-        )
+        sums, highest, total, weights = lax.optimization_barrier((sums, highest, total, weights))
+        return Softmax(sums, highest, total), weights
+
+    def _add_values(self, sums: Array, weights: Array, slot: Array, last: Array) -> Array:
+        """Adds weighted values to the sums, in a turn that goes on where there are more keys."""
+        refs, own = self.refs, self.warpgroup
         plgpu.barrier_wait(refs.v_full.at[slot])
-        plgpu.barrier_wait(refs.turn.at[self.warpgroup])
+        plgpu.barrier_wait(refs.turn.at[own])
 
-        def finish_turn() -> None:
-            plgpu.barrier_arrive(refs.turn.at[other])
-
-        def multiply_values(product: Any) -> None:
+        def multiply(product: Any) -> None:
             plgpu.wgmma(product, weights, refs.v_shared.at[slot])
-            pl.when(last)(finish_turn)
+            pl.when(last)(self._end_turn)
 
         def multiply_in_shared_memory(product: Any) -> Array:
-            refs.weights_shared.at[self.warpgroup][...] = weights
+            refs.weights_shared.at[own][...] = weights
             plgpu.commit_smem()
-            plgpu.wgmma(product, refs.weights_shared.at[self.warpgroup], refs.v_shared.at[slot])
-            pl.when(last)(finish_turn)
+            plgpu.wgmma(product, refs.weights_shared.at[own], refs.v_shared.at[slot])
+            pl.when(last)(self._end_turn)
             return product[...]
 
-        if shape.config.in_registers:
-            sums = pl.run_state(multiply_values)(plgpu.WGMMAAccumulatorRef.init(sums))
+        if self.shape.config.in_registers:
+            start: Any = plgpu.WGMMAAccumulatorRef.init(sums)
+            added: Any = pl.run_state(multiply)(start)
         else:
-            accumulator = plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, shape.dv), jnp.float32)
-            sums = sums + pl.run_scoped(multiply_in_shared_memory, accumulator)
+            tile = (WARPGROUP_ROWS, self.shape.dv)
+            accumulator = plgpu.WGMMAAccumulatorRef(tile, jnp.float32)
+            added = sums + pl.run_scoped(multiply_in_shared_memory, accumulator)
         plgpu.barrier_arrive(refs.v_free.at[slot])
-        return Softmax(_wgmma(sums), new_highest, total)
+        return _wgmma(added)
+
+    def _end_turn(self) -> None:
+        plgpu.barrier_arrive(self.refs.turn.at[WARPGROUPS - 1 - self.warpgroup])
 
     def _capped(self, product: Array) -> tuple[Array, float]:
         """Returns scores and what turns them into powers of 2."""
@@ -186,17 +197,20 @@ class _Computer:
         power = jnp.exp2(product * (2 * shape.scale * LOG2_E / shape.soft_cap))
         return 1.0 - 2.0 / (1.0 + power), shape.soft_cap * LOG2_E
 
-    def _visible(self, offset: Array, tile_shape: tuple[int, int]) -> Array:
-        """Returns what the queries see, the first of which is `offset` after the first key."""
+    def _visible(self, position: Array, start: Array) -> Array:
+        """Returns which positions from `start` on the queries from `position` on see."""
+        offset = position - start
+        tile = (WARPGROUP_ROWS, self.shape.config.kv_block)
         query, key = (
-            plgpu.broadcasted_iota(jnp.int32, tile_shape, axis, layout=plgpu.Layout.WGMMA)
+            plgpu.broadcasted_iota(jnp.int32, tile, axis, layout=plgpu.Layout.WGMMA)
             for axis in (0, 1)
         )
-        behind = query - key + offset
-        visible = behind >= 0
-        if self.shape.windowed:
-            window = self.refs.window[0]
-            visible = visible & (behind < jnp.where(window > 0, window, jnp.iinfo(jnp.int32).max))
+        visible = query - key + offset >= 0
+        if self.shape.limited:
+            row = plgpu.Layout.WGMMA.reduce(1)
+            query = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=row)
+            low = first_visible(query + position, self.refs.limits) - start
+            visible = visible & (key >= _along(low, tile[1]))
         return visible
 
     def _add_sink(self, done: Softmax, sink: Array) -> Softmax:

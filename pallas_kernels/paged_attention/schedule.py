@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from pallas_kernels.paged_attention.limits import first_visible
+
 ROWS_AT_ONCE = 16
 """Lengths that are read at once, so that their latencies overlap."""
 
@@ -51,8 +53,8 @@ class Schedule:
     """Positions of a tile."""
     lengths: Any
     """Reference to the cached positions of each row."""
-    window: Any
-    """Reference to the one window of all rows, 0 for none; or None."""
+    limits: Any
+    """Reference to how far back every query sees, or None."""
     size: Array
     """Tiles of a share."""
     begin: Array
@@ -60,10 +62,9 @@ class Schedule:
 
     def low(self, length: Array) -> Array:
         """Returns the first position that the query of a row of `length` positions sees."""
-        if self.window is None:
+        if self.limits is None:
             return jnp.int32(0)
-        window = self.window[0]
-        return jnp.where(window > 0, jnp.maximum(length - window, 0), 0)
+        return first_visible(length - 1, self.limits)
 
     def tiles(self, length: Array) -> Array:
         """Returns the tiles that the query of a row of `length` positions sees."""
@@ -151,12 +152,12 @@ class Schedule:
 
 
 def plan_share(
-    share: Array, shares: int, *, rows: int, tile: int, min_tiles: int, lengths: Any, window: Any
+    share: Array, shares: int, *, rows: int, tile: int, min_tiles: int, lengths: Any, limits: Any
 ) -> Schedule:
     """Returns the schedule of one of `shares` shares of at least `min_tiles` tiles."""
     zero = jnp.int32(0)
     schedule = Schedule(
-        rows=rows, tile=tile, lengths=lengths, window=window, size=zero, begin=zero, end=zero
+        rows=rows, tile=tile, lengths=lengths, limits=limits, size=zero, begin=zero, end=zero
     )
     total = schedule.total()
     size = jnp.maximum(pl.cdiv(total, jnp.int32(shares)), min_tiles)

@@ -81,8 +81,10 @@ def test_decode_kernel_agrees_with_float32_and_has_no_race():
     [
         {"window": jnp.int32(70)},
         {"window": 5, "soft_cap": 2.0, "sinks": jnp.asarray([-2.0, 0.0, 1.0, 9.0])},
+        {"chunk": jnp.int32(100)},
+        {"chunk": 65, "window": jnp.int32(0)},
     ],
-    ids=["window", "all"],
+    ids=["window", "all", "chunk", "no window"],
 )
 def test_decode_kernel_knows_every_option_of_the_reference(options):
     case = decode_case([130, 3])

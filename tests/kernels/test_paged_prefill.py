@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in mat
 
 def prefill_case(
     rows: list[tuple[int, int]], *, spare=0, heads=2, kv_heads=1, d=64, dv=64, page=PAGE, seed=0
-):
+) -> Any:
     """Rows of (cached positions, queries after them) over shuffled pages, and spare tokens.
 
     Whatever a row does not own is NaN, or no page at all.
@@ -94,8 +95,10 @@ def test_prefill_kernel_agrees_with_float32_and_has_no_race():
         {"window": jnp.int32(40)},
         {"window": 5, "soft_cap": 2.0, "sinks": jnp.asarray([-2.0, 9.0])},
         {"window": jnp.int32(0)},
+        {"chunk": jnp.int32(30)},
+        {"chunk": jnp.int32(96), "window": 40},
     ],
-    ids=["window", "all", "no window"],
+    ids=["window", "all", "no window", "chunk", "both"],
 )
 def test_prefill_kernel_knows_every_option_of_the_reference(options):
     case = prefill_case([(90, 9), (0, 3)], spare=4)
@@ -151,7 +154,7 @@ def test_tiles_cover_every_token_once_and_the_most_expensive_comes_first():
             tokens=tokens, tile_tokens=64, kv_block=128, kv_alignment=16,
         )  # fmt: skip
         tiles = [Tile(*fields) for fields in np.asarray(plan.tiles)[: int(plan.count[0])]]
-        owned = np.concatenate([np.arange(tile.begin, tile.end) for tile in tiles])
+        owned = [token for tile in tiles for token in range(int(tile.begin), int(tile.end))]
         assert sorted(owned) == list(range(tokens))
         costs = [tile.kv_tiles for tile in tiles]
         assert costs == sorted(costs, reverse=True) and costs[0] > 0
@@ -192,8 +195,9 @@ def test_prefill_kernel_says_what_it_does_not_cover(sizes, message):
 
 def test_a_machine_without_a_hopper_gpu_runs_the_reference():
     case = prefill_case([(20, 3), (0, 5)])
-    *operands, table, start, lengths = case
-    arguments = *operands, jnp.where(table == NO_PAGE, 0, table), start, lengths
+    q, k_pages, v_pages, layer, table, start, lengths = case
+    table = jnp.where(table == NO_PAGE, 0, table)
+    arguments = q, k_pages, v_pages, layer, table, start, lengths
     run = functools.partial(pallas_kernels.paged_attention, scale=0.125, max_query_length=5)
     want = reference.paged_attention(*arguments, scale=0.125, max_query_length=5)
     np.testing.assert_array_equal(run(*arguments)[0], want[0])
