@@ -7,6 +7,7 @@ from llmjax.weights.gguf import GGUFCheckpoint
 from llmjax.weights.hf import HFCheckpoint
 from llmjax.weights.hub import download_model
 from llmjax.weights.interface import Checkpoint, CheckpointError
+from llmjax.weights.quantized import dequantize
 from llmjax.weights.wrapped import unwrap_text
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
@@ -30,7 +31,7 @@ def open_checkpoint(model: str | Path, *, needs_weights: bool = True) -> Checkpo
         return GGUFCheckpoint(_find_embedded_model())
     path = Path(model).expanduser()
     if path.is_dir():
-        return unwrap_text(HFCheckpoint(path, needs_weights=needs_weights))
+        return _open_folder(path, needs_weights=needs_weights)
     if path.is_file():
         return _open_file(path)
     if isinstance(model, Path) or _looks_like_a_path(model):
@@ -40,6 +41,11 @@ def open_checkpoint(model: str | Path, *, needs_weights: bool = True) -> Checkpo
         )
     folder = download_model(model, embedded=EMBEDDED_MODEL, needs_weights=needs_weights)
     return unwrap_text(HFCheckpoint(folder, needs_weights=needs_weights))
+
+
+def _open_folder(path: Path, *, needs_weights: bool) -> Checkpoint:
+    checkpoint = HFCheckpoint(path, needs_weights=needs_weights)
+    return unwrap_text(dequantize(checkpoint) if needs_weights else checkpoint)
 
 
 def _open_file(path: Path) -> Checkpoint:
