@@ -121,6 +121,9 @@ class Runner:
             max_seq_len=self.max_seq_len,
             enable_block_reuse=self.engine.enable_block_reuse,
             enable_chunked_prefill=self.engine.enable_chunked_prefill,
+            attention_dp_balance=self.engine.attention_dp_balance,
+            attention_dp_timeout_iters=self.engine.attention_dp_timeout_iters,
+            attention_dp_batching_wait_iters=self.engine.attention_dp_batching_wait_iters,
         )
 
     def dispatch(self, schedule: Schedule) -> Dispatched:

@@ -30,6 +30,12 @@ class SchedulerConfig:
     """Reuse the pages of a known prefix."""
     enable_chunked_prefill: bool = True
     """Spread a prompt over several steps where the token budget asks for it."""
+    attention_dp_balance: bool = False
+    """Let new requests start where each rank has one, and spread a step's prompts over ranks."""
+    attention_dp_timeout_iters: int = 50
+    """Steps after which a new request no longer waits for those of other ranks."""
+    attention_dp_batching_wait_iters: int = 10
+    """Further steps in which new requests of all ranks gather."""
 
     def __post_init__(self) -> None:
         if self.max_num_tokens < self.max_batch_size:

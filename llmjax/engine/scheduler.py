@@ -10,6 +10,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from llmjax.engine.alignment import PrefillAlignment
 from llmjax.engine.block_manager import BlockManager
 from llmjax.engine.request import FinishReason, Request, RequestStatus
 from llmjax.engine.schedule import Schedule, SchedulerConfig, Work
@@ -98,6 +99,12 @@ class Scheduler:
             )
             for index in range(config.num_ranks)
         ]
+        self._alignment = None
+        if config.attention_dp_balance:
+            self._alignment = PrefillAlignment(
+                timeout_iters=config.attention_dp_timeout_iters,
+                batching_wait_iters=config.attention_dp_batching_wait_iters,
+            )
         self._unfinished: dict[int, Request] = {}
         self._waiting: list[Request] = []
         self._preempted: list[Request] = []
@@ -172,7 +179,8 @@ class Scheduler:
             self._schedule_decodes(step)
             self._schedule_chunks(step)
         # Pages that a preemption has freed belong to the requests it was made for.
-        admitted = self._admit(steps) if num_preemptions == self.num_preemptions else []
+        can_admit = num_preemptions == self.num_preemptions and self._ranks_are_aligned(steps)
+        admitted = self._admit(steps) if can_admit else []
         ranks = tuple((*step.decodes, *step.prefills) for step in steps)
         if not any(ranks):
             return None
@@ -224,13 +232,24 @@ class Scheduler:
         bisect.insort(self._waiting, request, key=_arrival)
         self._release_when_idle(request)
 
+    def _ranks_are_aligned(self, steps: list[_RankStep]) -> bool:
+        """Whether new requests may start now, or wait for those of other ranks."""
+        if self._alignment is None:
+            return True
+        idle = [step for step in steps if not step.prefills and step.rank.free_slots]
+        served = sorted(idle, key=_num_tokens)[: len(self._waiting)]
+        return self._alignment.lets_in(
+            decoding=[bool(step.decodes) for step in steps],
+            prefilling=[bool(step.prefills) or step in served for step in steps],
+        )
+
     def _admit(self, steps: list[_RankStep]) -> list[Request]:
         """Move requests from the queue's front to the ranks that hold the fewest tokens."""
         admitted: list[Request] = []
         # The first one that cannot go holds up the rest, or small requests could starve it.
         while self._waiting and self._waiting[0].in_flight == 0:
             request = self._waiting[0]
-            by_load = sorted(steps, key=_num_tokens)
+            by_load = sorted(steps, key=_load if self._alignment else _num_tokens)
             if not any(self._admit_to(step, request) for step in by_load):
                 break
             admitted.append(self._waiting.pop(0))
@@ -374,3 +393,8 @@ def _arrival(request: Request) -> int:
 
 def _num_tokens(step: _RankStep) -> int:
     return step.rank.num_tokens
+
+
+def _load(step: _RankStep) -> tuple[int, int]:
+    """What the step prefills comes first: its fullest rank is what all others wait for."""
+    return sum(work.count for work in step.prefills), step.rank.num_tokens

@@ -96,6 +96,9 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
         max_seq_len=MAX_SEQ_LEN,
         enable_block_reuse=draw(st.booleans()),
         enable_chunked_prefill=chunked,
+        attention_dp_balance=draw(st.booleans()),
+        attention_dp_timeout_iters=draw(st.integers(0, 4)),
+        attention_dp_batching_wait_iters=draw(st.integers(0, 4)),
     )
 
 
