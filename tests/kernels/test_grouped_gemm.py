@@ -20,7 +20,7 @@ TINY_TILES = {
 SHIPPED = [
     pytest.param(name, activation, id=f"{name}, {activation}")
     for name, config in configs.NAMED.items()
-    for activation in (None, *ACTIVATIONS)
+    for activation in (None, "clamped_swiglu")
     if activation is None or config.width % 128 == 0
 ]
 SIZES = {
