@@ -121,11 +121,16 @@ def test_a_published_file_sets_the_engine_that_runs(tmp_path, capsys):
         "max_num_tokens: 32\nkv_cache_config: {tokens_per_block: 8, max_tokens: 64}\n"
         "cuda_graph_config: {batch_sizes: [2, 1], enable_padding: true}\n"
         "disable_overlap_scheduler: true\nstream_interval: 4\nprint_iter_log: true\n"
+        "attention_dp_config: {enable_balance: true, timeout_iters: 7, batching_wait_iters: 3}\n"
+        "moe_config: {max_num_tokens: 16}\n"
     )
     llm = LLM(LLAMA, plan=path, progress=False)
     assert llm.plan == ParallelPlan(tp=2, attention_dp=True)
     runner = llm.engine.runner
     assert (runner.page_size, runner.max_batch_size, runner.num_pages) == (8, 2, 8)
+    limits = runner.scheduler_config
+    assert (limits.attention_dp_balance, runner.engine.moe_max_num_tokens) == (True, 16)
+    assert limits.attention_dp_timeout_iters == 7 and limits.attention_dp_batching_wait_iters == 3
     assert sorted({bucket.decodes for bucket in runner.buckets}) == [1, 2]
     stream = llm.stream([1, 2, 3], SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))
     assert [len(delta.token_ids) for delta in stream] == [1, 3, 4, 2]
