@@ -40,10 +40,15 @@ class PrefillShape:
     page: int
     scale: float
     soft_cap: float | None
-    limited: bool
-    """Whether queries see only a window or a chunk."""
+    windowed: bool
+    chunked: bool
     has_sinks: bool
     config: PrefillConfig
+
+    @property
+    def limited(self) -> bool:
+        """Whether queries may see only a part of the positions before them."""
+        return self.windowed or self.chunked
 
     @property
     def group(self) -> int:

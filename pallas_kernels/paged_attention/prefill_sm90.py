@@ -67,7 +67,8 @@ def paged_prefill(
         page=page,
         scale=scale,
         soft_cap=soft_cap,
-        limited=limits is not None,
+        windowed=window is not None,
+        chunked=chunk is not None,
         has_sinks=sinks is not None,
         config=config,
     )

@@ -199,14 +199,17 @@ class _Computer:
 
     def _visible(self, position: Array, start: Array) -> Array:
         """Returns which positions from `start` on the queries from `position` on see."""
-        offset = position - start
         tile = (WARPGROUP_ROWS, self.shape.config.kv_block)
         query, key = (
             plgpu.broadcasted_iota(jnp.int32, tile, axis, layout=plgpu.Layout.WGMMA)
             for axis in (0, 1)
         )
-        visible = query - key + offset >= 0
-        if self.shape.limited:
+        behind = query - key + (position - start)
+        visible = behind >= 0
+        if self.shape.windowed:
+            window = self.refs.limits[0]
+            visible = visible & (behind < jnp.where(window > 0, window, jnp.iinfo(jnp.int32).max))
+        if self.shape.chunked:
             row = plgpu.Layout.WGMMA.reduce(1)
             query = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=row)
             low = first_visible(query + position, self.refs.limits) - start

@@ -107,7 +107,7 @@ def test_prefill_kernel_knows_every_option_of_the_reference(options):
 
 @pytest.mark.parametrize("page", [32, 128])
 def test_prefill_kernel_reads_pages_of_every_size(page):
-    case = prefill_case([(page - 3, 2), (page - 2, 2), (page - 1, 2)], page=page)
+    case = prefill_case([(page - 2, 1), (page - 1, 1), (page - 1, 2)], page=page)
     assert_equal_attention(prefill(case), expected(case))
 
 
@@ -117,13 +117,13 @@ def test_prefill_kernel_reads_pages_of_every_size(page):
     ids=str,
 )
 def test_prefill_kernel_takes_any_group_and_head_dimension(sizes):
-    case = prefill_case([(3, 70), (20, 10)], **sizes)
+    case = prefill_case([(3, 66)], **sizes)
     assert_equal_attention(prefill(case), expected(case))
 
 
 def test_blocks_share_the_items_of_a_batch():
-    case = prefill_case([(0, 70), (30, 3), (0, 1)], heads=4)
-    config = PrefillConfig(blocks=3, kv_block=64, stages=2, in_registers=False)
+    case = prefill_case([(0, 66), (30, 3)], heads=4)
+    config = PrefillConfig(blocks=2, kv_block=64, stages=2, in_registers=False)
     assert_equal_attention(prefill(case, config=config), expected(case))
 
 
@@ -161,12 +161,21 @@ def test_tiles_cover_every_token_once_and_the_most_expensive_comes_first():
 
 
 @pytest.mark.parametrize(
-    "heads, kv_heads, d, page",
-    [(32, 8, 128, 64), (64, 8, 64, 16), (16, 16, 128, 128), (16, 8, 256, 64)],
+    "heads, kv_heads, d, page, limited",
+    [
+        (32, 8, 128, 64, False),
+        (64, 8, 64, 16, True),
+        (16, 16, 128, 128, False),
+        (16, 8, 256, 64, True),
+    ],
 )
-def test_every_shipped_configuration_lowers_for_cuda(heads, kv_heads, d, page):
+def test_every_shipped_configuration_lowers_for_cuda(heads, kv_heads, d, page, limited):
+    options: Any = {}
+    if limited:
+        sinks = jnp.zeros(heads)
+        options = dict(window=jnp.int32(9), chunk=jnp.int32(0), soft_cap=3.0, sinks=sinks)
     config = prefill_config(d=d, dv=d, num_sms=132)
-    run = functools.partial(prefill_sm90.paged_prefill, scale=d**-0.5, config=config)
+    run = functools.partial(prefill_sm90.paged_prefill, scale=d**-0.5, config=config, **options)
     pages = jax.ShapeDtypeStruct((2, 100, page, kv_heads, d), jnp.bfloat16)
     arguments = (
         jax.ShapeDtypeStruct((100, heads, d), jnp.bfloat16),
