@@ -1,6 +1,7 @@
 """How the Hopper kernels are laid out, chosen by shape.
 
-Measured on an H200 by `python -m benchmarks.kernels --op paged_attention --tune`.
+Measured on an H200 by `python -m benchmarks.kernels --tune`, with `--op paged_attention` for decode
+and `--op prefill`.
 """
 
 from pallas_kernels.paged_attention.decode_shape import DecodeConfig
