@@ -62,10 +62,8 @@ def check_that_it_runs(plan: ParallelPlan) -> None:
     """Refuses plans that can be laid out, but do not run yet.
 
     Raises:
-        PlanError: the plan has pipeline stages or context ranks.
+        PlanError: the plan has context ranks.
     """
-    if plan.pp > 1:
-        raise PlanError(f"pp={plan.pp}: pipeline parallelism does not run yet, use pp=1.")
     if plan.cp > 1:
         raise PlanError(f"cp={plan.cp}: context parallelism does not run yet, use cp=1.")
 

@@ -70,11 +70,16 @@ class ParallelPlan:
             )
 
     def check_layers(self, num_layers: int) -> None:
-        """Makes sure that `pp_partition` deals out all layers of a model.
+        """Makes sure that every stage has layers, and `pp_partition` deals out all of a model's.
 
         Raises:
-            PlanError: its sum is another number.
+            PlanError: there are more stages than layers, or the sum is another number.
         """
+        if self.pp > num_layers:
+            raise PlanError(
+                f"pp={self.pp} is more pipeline stages than the model has layers: use at most "
+                f"{num_layers}."
+            )
         if self.pp_partition is not None and sum(self.pp_partition) != num_layers:
             raise PlanError(
                 f"pp_partition={list(self.pp_partition)} deals out {sum(self.pp_partition)} "

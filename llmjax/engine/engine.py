@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llmjax.config import ConfigError
+from llmjax.engine.batch import Bucket
 from llmjax.engine.compile import CompileWatch
 from llmjax.engine.interrupts import uninterrupted
 from llmjax.engine.request import Request
 from llmjax.engine.runner import MAX_BIAS, MAX_STOP_IDS, Dispatched, Runner
-from llmjax.engine.schedule import Work
+from llmjax.engine.schedule import Schedule, Work
 from llmjax.engine.scheduler import Scheduler
 
 
@@ -68,6 +69,9 @@ class Engine:
         self._ahead = 0 if runner.engine.disable_overlap_scheduler else 1
         self._watch = CompileWatch()
         self._in_flight: deque[Dispatched] = deque()
+        stages = runner.num_stages
+        self._stages: deque[Schedule | None] = deque([None] * stages, maxlen=stages)
+        """What each pipeline stage computed in the last tick, the first stage first."""
         self._collected: dict[int, _Collected] = {}
 
     @property
@@ -97,14 +101,25 @@ class Engine:
 
     def _step(self) -> list[Request]:
         schedule = self.scheduler.schedule()
-        if schedule is not None:
-            self.stats.overlapped_steps += bool(self._in_flight)
-            dispatched = self.runner.dispatch(schedule)
-            self._in_flight.append(dispatched)
-            self._count(dispatched)
-        if self._in_flight and (schedule is None or len(self._in_flight) > self._ahead):
+        ticks = schedule is not None or self._has_passengers
+        if ticks:
+            self._tick(schedule)
+        if self._in_flight and (not ticks or len(self._in_flight) > self._ahead):
             return self._read_oldest()
         return []
+
+    @property
+    def _has_passengers(self) -> bool:
+        """Whether a micro-batch has still stages to pass."""
+        return any(list(self._stages)[:-1])
+
+    def _tick(self, schedule: Schedule | None) -> None:
+        """Lets a micro-batch enter, or none, and moves those in the pipeline one stage on."""
+        self.stats.overlapped_steps += bool(self._in_flight)
+        self._stages.appendleft(schedule)
+        dispatched = self.runner.dispatch(tuple(self._stages))
+        self._in_flight.append(dispatched)
+        self._count(schedule, dispatched.bucket)
 
     def finish(self, request: Request, stop_text: str) -> None:
         """Ends a request whose text reached a stop text."""
@@ -118,7 +133,9 @@ class Engine:
         updated: list[Request] = []
         with uninterrupted():
             self.scheduler.cancel(request.id)
-            while request.in_flight and self._in_flight:
+            while request.in_flight and (self._in_flight or self._has_passengers):
+                if not self._in_flight:
+                    self._tick(None)
                 updated += self._read_oldest()
             self.forget(request)
         return updated
@@ -170,13 +187,13 @@ class Engine:
                 f"{MAX_STOP_IDS} stop_token_ids."
             )
 
-    def _count(self, dispatched: Dispatched) -> None:
-        rows = dispatched.schedule.rows
+    def _count(self, schedule: Schedule | None, bucket: Bucket) -> None:
+        rows = schedule.rows if schedule else ()
         prefills = [work for _, works in rows for work in works]
         fed = sum(len(decodes) for decodes, _ in rows) + sum(work.count for work in prefills)
         self.stats.steps += 1
         self.stats.tokens += fed
-        self.stats.padded_tokens += dispatched.bucket.tokens * self.runner.num_ranks - fed
+        self.stats.padded_tokens += bucket.tokens * self.runner.num_ranks - fed
         self.stats.chunked_prefills += sum(not work.samples for work in prefills)
 
     def _read_oldest(self) -> list[Request]:
@@ -187,6 +204,9 @@ class Engine:
 
     def _read(self, dispatched: Dispatched) -> list[Request]:
         """Waits for a step's tokens and hands them to the scheduler."""
+        schedule = dispatched.schedule
+        if schedule is None:
+            return []
         tokens = np.asarray(dispatched.output.sampled.tokens).tolist()
         self._collect_prompts(dispatched)
         sampled = {
@@ -195,7 +215,7 @@ class Engine:
             for work, token in zip(works, tokens[first:], strict=False)
             if work.samples
         }
-        updated = self.scheduler.retire(dispatched.schedule, sampled)
+        updated = self.scheduler.retire(schedule, sampled)
         self._collect_generated(dispatched, updated)
         return updated
 
@@ -233,7 +253,7 @@ class Engine:
 def _rows(dispatched: Dispatched) -> list[tuple[int, list[Work]]]:
     """First row in the step's output of works whose rows follow each other, and the works."""
     bucket, groups = dispatched.bucket, []
-    for rank, (decodes, prefills) in enumerate(dispatched.schedule.rows):
+    for rank, (decodes, prefills) in enumerate(dispatched.rows):
         first = rank * bucket.rows
         groups += [(first, decodes), (first + bucket.decodes, prefills)]
     return groups
@@ -242,7 +262,7 @@ def _rows(dispatched: Dispatched) -> list[tuple[int, list[Work]]]:
 def _prefill_places(dispatched: Dispatched) -> list[tuple[int, Work]]:
     """First token of each prefill in the step's tokens, and its work."""
     bucket, places = dispatched.bucket, []
-    for rank, (_, prefills) in enumerate(dispatched.schedule.rows):
+    for rank, (_, prefills) in enumerate(dispatched.rows):
         first = rank * bucket.tokens + bucket.decodes
         for work in prefills:
             places.append((first, work))

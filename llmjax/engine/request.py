@@ -52,6 +52,8 @@ class Request:
     """Steps dispatched and not yet retired."""
     pending_samples: int = field(default=0, init=False)
     """Sampled tokens that only the device knows."""
+    ready_at: int = field(default=0, init=False)
+    """The first tick in which the newest sampled token can be fed."""
     num_preemptions: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:

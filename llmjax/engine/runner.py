@@ -42,9 +42,15 @@ MAX_STOP_IDS = 64
 class Dispatched:
     """A step whose results are on their way to the host."""
 
-    schedule: Schedule
+    schedule: Schedule | None
+    """What leaves the last pipeline stage in this tick; None where that is nothing."""
     bucket: Bucket
     started: Future[StepOutput]
+
+    @property
+    def rows(self) -> Sequence[tuple[list[Work], list[Work]]]:
+        """The decode works and the prefill works of each batch rank that leave."""
+        return self.schedule.rows if self.schedule else ()
 
     @property
     def output(self) -> StepOutput:
@@ -119,6 +125,7 @@ class Runner:
             page_size=self.page_size,
             num_pages=self.num_pages,
             max_seq_len=self.max_seq_len,
+            num_stages=self.num_stages,
             enable_block_reuse=self.engine.enable_block_reuse,
             enable_chunked_prefill=self.engine.enable_chunked_prefill,
             attention_dp_balance=self.engine.attention_dp_balance,
@@ -126,28 +133,42 @@ class Runner:
             attention_dp_batching_wait_iters=self.engine.attention_dp_batching_wait_iters,
         )
 
-    def dispatch(self, schedule: Schedule) -> Dispatched:
+    @property
+    def num_stages(self) -> int:
+        """Pipeline stages: micro-batches that a step holds."""
+        return self.rules.size("layers")
+
+    def dispatch(self, stages: Sequence[Schedule | None]) -> Dispatched:
         """Packs a step and hands it to the thread that starts steps; waits for nothing.
+
+        `stages` are what each pipeline stage computes, the one that enters first; they share a
+        bucket.
 
         On a GPU starting a step takes about as long as the step: a program waits at each of its
         branches until the device has computed the condition, and launches its kernels one by one.
         None of this holds Python's lock, so the host can do its own work meanwhile.
         """
-        decodes = max(len(decodes) for decodes, _ in schedule.rows)
-        prefill = max(sum(work.count for work in prefills) for _, prefills in schedule.rows)
+        rows = [row for schedule in stages if schedule for row in schedule.rows]
+        decodes = max(len(decodes) for decodes, _ in rows)
+        prefill = max(sum(work.count for work in prefills) for _, prefills in rows)
         bucket = pick_bucket(self.buckets, decodes=decodes, prefill_tokens=prefill)
-        packed = pack_schedule(
-            schedule,
+        packed = np.stack([self._pack(schedule, bucket) for schedule in stages])
+        # A compiled step lays a NumPy array on its devices for a tenth of what device_put costs.
+        one_process = jax.process_count() == 1
+        placed = packed if one_process else self._put(packed, None, "requests", None)
+        admitted = stages[0].admitted if stages[0] else ()
+        started = self._starter.submit(self._start, bucket, placed, admitted)
+        return Dispatched(schedule=stages[-1], bucket=bucket, started=started)
+
+    def _pack(self, schedule: Schedule | None, bucket: Bucket) -> np.ndarray:
+        nothing = Schedule(index=-1, ranks=((),) * self.num_ranks, admitted=(), preempted=())
+        return pack_schedule(
+            schedule or nothing,
             bucket,
             page_size=self.page_size,
             max_batch_size=self.max_batch_size,
             sampling_of=self._sampling_of,
         )
-        # A compiled step lays a NumPy array on its devices for a tenth of what device_put costs.
-        one_process = jax.process_count() == 1
-        placed = packed if one_process else self._put(packed, "requests", None)
-        started = self._starter.submit(self._start, bucket, placed, schedule.admitted)
-        return Dispatched(schedule=schedule, bucket=bucket, started=started)
 
     def _start(
         self, bucket: Bucket, packed: np.ndarray | jax.Array, admitted: Sequence[Request]
@@ -194,16 +215,12 @@ class Runner:
         # The first batch rank computes the prompt; the others idle.
         ranks = ((work,), *((),) * (self.num_ranks - 1))
         bucket = Bucket(prefill_tokens=len(ids), decodes=1, prefill_rows=1, width=pages)
-        packed = pack_schedule(
-            Schedule(index=0, ranks=ranks, admitted=(), preempted=()),
-            bucket,
-            page_size=self.page_size,
-            max_batch_size=self.max_batch_size,
-            sampling_of=self._sampling_of,
-        )
+        schedule = Schedule(index=0, ranks=ranks, admitted=(), preempted=())
+        packed = np.stack([self._pack(schedule, bucket)] * self.num_stages)
+        empty_state = partial(self._empty_state, pages, bucket.tokens)
         with self._tracing():
-            compute = jax.jit(self.maker.make_logits(bucket, partial(self._empty_state, pages)))
-            logits = compute(self.weights, self._put(packed, "requests", None))
+            compute = jax.jit(self.maker.make_logits(bucket, empty_state))
+            logits = compute(self.weights, self._put(packed, None, "requests", None))
         return np.asarray(logits)
 
     def _make_maker(self) -> StepMaker:
@@ -241,7 +258,8 @@ class Runner:
             config=self.engine,
         )
 
-    def _empty_state(self, num_pages: int) -> EngineState:
+    def _empty_state(self, num_pages: int, tokens: int | None = None) -> EngineState:
+        """Zeros; `tokens` is how many a step of a batch rank has at most."""
         rules, slots = self.rules, self.num_ranks * self.max_batch_size
         pages = num_pages * rules.size("pages")
         shapes = cache_shapes(self.config, rules, pages=pages, page_size=self.page_size)
@@ -252,6 +270,7 @@ class Runner:
                 jnp.int32,
                 out_sharding=rules.spec("requests", None),
             ),
+            held=self._empty_stages(tokens or max(bucket.tokens for bucket in self.buckets)),
             sampler=init_state(
                 slots=slots,
                 padded_vocab_size=padded_vocab(self.config, rules),
@@ -260,6 +279,13 @@ class Runner:
                 rules=rules,
             ),
         )
+
+    def _empty_stages(self, tokens: int) -> jax.Array | None:
+        if self.num_stages == 1:
+            return None
+        shape = (self.num_stages, tokens * self.rules.size("tokens"), self.config.hidden_size)
+        spec = self.rules.spec("layers", "tokens", None)
+        return jnp.zeros(shape, self.dtype, out_sharding=spec)
 
     def _count_pages(self, longest: int) -> int:
         """Pages of a batch rank: what was asked for, or what the memory holds."""
@@ -297,8 +323,8 @@ class Runner:
         return memory.temp_size_in_bytes + memory.output_size_in_bytes + sampler
 
     def _lower(self, bucket: Bucket, state: EngineState) -> Any:
-        sharding = self.rules.sharding(self.mesh, "requests", None)
-        shape = (self.num_ranks, bucket.num_numbers)
+        sharding = self.rules.sharding(self.mesh, None, "requests", None)
+        shape = (self.num_stages, self.num_ranks, bucket.num_numbers)
         packed = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
         step = jax.jit(self.maker.make(bucket), donate_argnums=1)
         return step.lower(self.weights, state, packed)

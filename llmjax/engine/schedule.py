@@ -26,6 +26,8 @@ class SchedulerConfig:
     """Pages of the KV cache."""
     max_seq_len: int
     """Prompt and generated tokens of a request."""
+    num_stages: int = 1
+    """Pipeline stages: steps after which a sampled token is there to be fed."""
     enable_block_reuse: bool = True
     """Reuse the pages of a known prefix."""
     enable_chunked_prefill: bool = True

@@ -40,6 +40,8 @@ class _RankStep:
     rank: _Rank
     token_budget: int
     prefill_budget: int
+    next_token_at: int
+    """The tick in which tokens that this step samples can be fed."""
     decodes: list[Work] = field(default_factory=list)
     prefills: list[Work] = field(default_factory=list)
 
@@ -49,6 +51,7 @@ class _RankStep:
         on_device = start >= len(request.token_ids)
         self.decodes.append(Work(request, start, 1, True, tuple(request.pages), on_device))
         self.token_budget -= 1
+        request.ready_at = self.next_token_at
         request.num_computed += 1
         request.in_flight += 1
         request.pending_samples += 1
@@ -72,6 +75,7 @@ class _RankStep:
             self.prefills.append(work)
             self.prefill_budget -= 1
         self.token_budget -= count
+        request.ready_at = self.next_token_at
         request.num_computed += count
         request.in_flight += 1
         request.pending_samples += work.samples
@@ -109,6 +113,7 @@ class Scheduler:
         self._waiting: list[Request] = []
         self._preempted: list[Request] = []
         self._num_arrived = 0
+        self._tick = 0
         self._num_scheduled = 0
         self._num_retired = 0
         self._digest = hashlib.sha256()
@@ -165,12 +170,14 @@ class Scheduler:
     # A step begins.
 
     def schedule(self) -> Schedule | None:
-        """Choose the next step's work; None if nothing can run before a step in flight retires."""
+        """Choose what enters in this tick; None if nothing can before a step in flight retires."""
+        self._tick += 1
         steps = [
             _RankStep(
                 rank=rank,
                 token_budget=self.config.max_num_tokens,
                 prefill_budget=self.config.max_prefill_requests,
+                next_token_at=self._tick + self.config.num_stages,
             )
             for rank in self._ranks
         ]
@@ -196,11 +203,15 @@ class Scheduler:
         return schedule
 
     def _schedule_decodes(self, step: _RankStep) -> None:
+        # Micro-batches of the same size keep all stages of a pipeline busy.
+        limit = -(-len(step.rank.running) // self.config.num_stages)
         # A preemption removes requests from the end of the list, never one that was passed.
         for request in list(step.rank.running):
-            if step.token_budget == 0:
+            if step.token_budget == 0 or len(step.decodes) == limit:
                 return
             if request.status is not RequestStatus.RUNNING or request.num_uncomputed != 1:
+                continue
+            if request.ready_at > self._tick:
                 continue
             if request.wants_tokens and self._reserve_next_page(request, step.rank):
                 step.decode(request)

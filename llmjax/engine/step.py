@@ -20,6 +20,7 @@ from llmjax.layers.sampler_state import SamplerState
 from llmjax.layers.vocabulary import cap_softly
 from llmjax.models.decoder import Decoder, RunOptions
 from llmjax.parallel.collectives import all_gather, axis_index, island
+from llmjax.parallel.pipeline import Held
 from llmjax.weights.model import Weights
 from meshes import Rules
 
@@ -33,6 +34,8 @@ class EngineState:
     """Keys and values."""
     last_tokens: Int[Array, "ranks slots"]
     """The token that each slot sampled last."""
+    held: Held | None
+    """What each pipeline stage was handed in the tick before; None for one stage."""
     sampler: SamplerState
     """Token counts, biases and stop tokens of the slots that need them."""
 
@@ -54,8 +57,10 @@ class StepInput:
     """The packed integers, unpacked and laid on the mesh."""
 
     ids: Int[Array, "tokens"]
+    """Of the micro-batch that enters; everything else but `placement` is of the one that leaves."""
     targets: Int[Array, "tokens"]
     placement: Placement
+    """Of the micro-batch at each stage."""
     sample_token: Int[Array, "rows"]
     """Token of the own batch rank whose hidden state each row samples from."""
     sampling: Int[Array, "rows columns"]
@@ -88,11 +93,13 @@ class StepMaker:
         """The step of a bucket: (weights, state, packed) -> (output, state)."""
 
         def step(
-            weights: Weights, state: EngineState, packed: Int[Array, "ranks numbers"]
+            weights: Weights, state: EngineState, packed: Int[Array, "stages ranks numbers"]
         ) -> tuple[StepOutput, EngineState]:
             decoder = self.decoder(weights)
             inputs = unpack(packed, state.last_tokens, bucket, rules=self.rules)
-            hidden, cache = decoder(inputs.ids, state.cache, inputs.placement, options=self.options)
+            hidden, cache, held = decoder(
+                inputs.ids, state.cache, inputs.placement, state.held, options=self.options
+            )
             rows = read_sampling(inputs.sampling, rules=self.rules)
             sampled, sampler = sample(
                 select_rows(hidden, inputs.sample_token, rules=self.rules),
@@ -119,7 +126,7 @@ class StepMaker:
             # Every process reads the tokens, so that all of them schedule alike.
             output = jax.tree.map(replicate, StepOutput(sampled=sampled, prompt=prompt))
             last = remember_tokens(state.last_tokens, output.sampled.tokens, rows, rules=self.rules)
-            state = replace(state, cache=cache, last_tokens=last, sampler=sampler)
+            state = replace(state, cache=cache, held=held, last_tokens=last, sampler=sampler)
             return output, state
 
         return step
@@ -129,10 +136,15 @@ class StepMaker:
     ) -> Callable[..., Float[Array, "tokens vocab"]]:
         """Logits of the first batch rank's prefill tokens: (weights, packed) -> logits."""
 
-        def compute(weights: Weights, packed: Int[Array, "ranks numbers"]) -> Array:
+        def compute(weights: Weights, packed: Int[Array, "stages ranks numbers"]) -> Array:
             decoder, state = self.decoder(weights), empty_state()
             inputs = unpack(packed, state.last_tokens, bucket, rules=self.rules)
-            hidden, _ = decoder(inputs.ids, state.cache, inputs.placement, options=self.options)
+            hidden, cache, held = jnp.zeros(()), state.cache, state.held
+            # All stages run the same tokens; those of the last tick have passed them all.
+            for _ in range(len(packed)):
+                hidden, cache, held = decoder(
+                    inputs.ids, cache, inputs.placement, held, options=self.options
+                )
             prefilled = replicate(hidden)[bucket.decodes : bucket.tokens]
             logits = jnp.einsum(
                 "te,ev->tv",
@@ -148,32 +160,37 @@ class StepMaker:
 
 
 def unpack(
-    packed: Int[Array, "ranks numbers"],
+    packed: Int[Array, "stages ranks numbers"],
     last_tokens: Int[Array, "ranks slots"],
     bucket: Bucket,
     *,
     rules: Rules,
 ) -> StepInput:
-    """Reads each batch rank's row, and takes from the device the tokens that the host lacks."""
+    """Reads each batch rank's row, and takes from the device the tokens that the host lacks.
+
+    The micro-batch that enters leads the stages, the one that leaves is the last.
+    """
+    stages = rules.axes("layers")
 
     def body(packed: Array, last_tokens: Array) -> StepInput:
-        parts = split_fields(packed[0], bucket)
-        source = parts["token_source"]
+        entering, leaving = (split_fields(packed[stage, 0], bucket) for stage in (0, -1))
+        own = split_fields(packed[axis_index(stages), 0], bucket)
+        source = entering["token_source"]
         newest = last_tokens[0, jnp.maximum(source, 0)]
-        decode_ids = jnp.where(source >= 0, newest, parts["ids"][: bucket.decodes])
+        decode_ids = jnp.where(source >= 0, newest, entering["ids"][: bucket.decodes])
         unscored = jnp.full(bucket.decodes, -1, jnp.int32)
         return StepInput(
-            ids=jnp.concatenate([decode_ids, parts["ids"][bucket.decodes :]]),
-            targets=jnp.concatenate([unscored, parts["targets"]]),
+            ids=jnp.concatenate([decode_ids, entering["ids"][bucket.decodes :]]),
+            targets=jnp.concatenate([unscored, leaving["targets"]]),
             placement=Placement(
-                positions=parts["positions"],
-                slots=parts["cache_slots"],
-                page_table=parts["page_table"][None],
-                lengths=parts["lengths"][None],
-                prefill_start=parts["prefill_start"][None],
+                positions=own["positions"][None],
+                slots=own["cache_slots"][None],
+                page_table=own["page_table"][None, None],
+                lengths=own["lengths"][None, None],
+                prefill_start=own["prefill_start"][None, None],
             ),
-            sample_token=parts["sample_token"],
-            sampling=parts["sampling"],
+            sample_token=leaving["sample_token"],
+            sampling=leaving["sampling"],
         )
 
     # Specs stand in the places of arrays, which type checkers cannot know.
@@ -183,12 +200,14 @@ def unpack(
     specs = StepInput(
         ids=tokens,
         targets=tokens,
-        placement=placement_specs(rules),
+        placement=placement_specs(rules, by_stage=True),
         sample_token=ranks,
         sampling=per_rank,
     )
     with jax.named_scope("unpack"):
-        return island(body, in_specs=(per_rank, per_rank), out_specs=specs)(packed, last_tokens)
+        return island(
+            body, in_specs=(rules.spec(None, "requests", None), per_rank), out_specs=specs
+        )(packed, last_tokens)
 
 
 def read_sampling(columns: Int[Array, "rows columns"], *, rules: Rules) -> SampleRows:

@@ -62,7 +62,8 @@ def empty_cache(shapes: Any, dtype: Any, rules: Rules) -> Any:
     return type(shapes)._make(jnp.zeros(shape, dtype, out_sharding=spec) for shape in shapes)
 
 
-def placement_specs(rules: Rules) -> Placement:
-    """PartitionSpecs in the places of the arrays."""
-    tokens, ranks = rules.spec("tokens"), rules.spec("requests")
+def placement_specs(rules: Rules, *, by_stage: bool = False) -> Placement:
+    """PartitionSpecs in the places of the arrays, which have pipeline stages in front or not."""
+    stage = ("layers",) if by_stage else ()
+    tokens, ranks = rules.spec(*stage, "tokens"), rules.spec(*stage, "requests")
     return Placement._make((tokens, tokens, ranks, ranks, ranks))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from llmjax.config import ExpertConfig, ModelConfig
 from llmjax.layers.mlp import GatedMLP
@@ -105,10 +105,12 @@ class MoE(nnx.Module):
         x: Float[Array, "tokens embed"],
         weights: ExpertWeights,
         layer: Int[Array, ""],
+        is_real: Bool[Array, "tokens"],
         options: DispatchOptions,
     ) -> Float[Array, "tokens embed"]:
-        """`weights` are those of all layers, of which `layer` is used."""
+        """`weights` are those of all layers, of which `layer` is used; padding has no expert."""
         experts, gates = self._route(x)
+        experts = jnp.where(is_real[:, None], experts, -1)
         with jax.named_scope("experts"):
             out = dispatch_experts(
                 x,

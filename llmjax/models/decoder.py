@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llmjax.config import ModelConfig
 from llmjax.layers.attention import Attention
@@ -22,7 +22,7 @@ from llmjax.layers.rope import RopeVariants, rope_tables
 from llmjax.layers.traits import LayerTraits, stack_traits
 from llmjax.models.layer_stack import Loop, stack_layers
 from llmjax.parallel.head_slots import HeadSlots, assign_head_slots
-from llmjax.parallel.pipeline import run_stage
+from llmjax.parallel.pipeline import Held, run_stages
 from llmjax.parallel.vocab import embed_tokens
 from meshes import Rules
 
@@ -75,13 +75,14 @@ class Block(nnx.Module):
         part: GatedMLP | MoE,
         experts: ExpertWeights | None,
         row: Int[Array, ""],
+        is_real: Bool[Array, "tokens"],
         options: DispatchOptions,
     ) -> Float[Array, "tokens embed"]:
         """The residual stream after the feed-forward part, whose experts lie in that row."""
         normed = self.mlp_norm(x)
         if isinstance(part, MoE):
             assert experts is not None
-            out = part(normed, experts, row, options)
+            out = part(normed, experts, row, is_real, options)
         else:
             out = part(normed)
         return x + (out if self.post_mlp_norm is None else self.post_mlp_norm(out))
@@ -131,15 +132,22 @@ class Decoder(nnx.Module):
         ids: Int[Array, "tokens"],
         cache: Cache,
         placement: Placement,
+        held: Held | None,
         *,
         options: RunOptions,
-    ) -> tuple[Float[Array, "tokens embed"], Cache]:
-        """Hidden states after the final norm, and the cache with these tokens in it."""
+    ) -> tuple[Float[Array, "tokens embed"], Cache, Held | None]:
+        """One tick: hidden states after the final norm, and the cache with these tokens in it.
+
+        Args:
+            ids: tokens of the micro-batch that enters.
+            placement: where the tokens of each stage's micro-batch stand; stages lead.
+            held: what the stages were handed in the tick before; None for one stage. The hidden
+                states are those of the micro-batch that leaves.
+        """
         config, rules = self.config, self.rules
         with jax.named_scope("embed"):
             x = embed_tokens(self.embedding[...], ids, rules=rules)
             x = x * jnp.asarray(config.embedding_scale, x.dtype)
-        rope = rope_tables(config, rotated_dim(config), placement.positions)
         layers = stack_layers(config, rules)
         traits = stack_traits(config, layers.rows, rules)
         modules = {"block": self.layers, "dense": self.mlp, "experts": self.moe}
@@ -147,9 +155,10 @@ class Decoder(nnx.Module):
         weights = {name: state for name, (_, state) in split.items()}
         experts = None if self.experts is None else self.experts.weights
 
-        def stage(stack: Any, cache: Cache, inputs: Any) -> tuple[Array, Cache]:
+        def stage(stack: Any, cache: Cache, placement: Placement, x: Array) -> tuple[Array, Cache]:
             weights, experts, traits = stack
-            x, placement, rope = inputs
+            rope = rope_tables(config, rotated_dim(config), placement.positions)
+            is_real = placement.slots >= 0
 
             def build(name: str, row: Array) -> Any:
                 return nnx.merge(split[name][0], _take_row(weights[name], row))
@@ -160,7 +169,7 @@ class Decoder(nnx.Module):
                     attended, cache = block.attend(x, cache, layer, own, placement, rope)
                 with jax.named_scope("mlp"):
                     new = block.feed_forward(
-                        x + attended, build(kind, row), experts, row, options.dispatch
+                        x + attended, build(kind, row), experts, row, is_real, options.dispatch
                     )
                 return (new if own.active is None else jnp.where(own.active, new, x)), cache
 
@@ -185,9 +194,10 @@ class Decoder(nnx.Module):
                 x, cache = run_loop(loop, x, cache)
             return x, cache
 
-        x, cache = run_stage(stage, (weights, experts, traits), cache, (x, placement, rope))
+        stack = (weights, experts, traits)
+        x, cache, held = run_stages(stage, stack, cache, placement, x, held, rules=rules)
         with jax.named_scope("final_norm"):
-            return self.norm(x), cache
+            return self.norm(x), cache, held
 
 
 def head_slots(config: ModelConfig, rules: Rules) -> HeadSlots:

@@ -1,5 +1,9 @@
 """Pipeline stages: each holds a part of the layer stack and of the cache.
 
+One call of the step is a tick: every stage runs its own micro-batch, and hands its activations on.
+A micro-batch enters at the first stage and leaves the last one as many ticks later as there are
+stages; with as many micro-batches in flight no stage ever waits.
+
 The stage is a `shard_map` over the pipeline axis alone, present for one stage too; the other axes
 stay explicit inside, so layers are written the same with and without a pipeline.
 """
@@ -8,25 +12,86 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
-STAGE = PartitionSpec("pp")
-"""Leading axis of whatever is stacked by layer."""
+from llmjax.parallel.collectives import island
+from meshes import Rules
+
+STAGES = "pp"
+"""The mesh axis of stages."""
+Held = Float[Array, "stages held embed"]
+"""What each stage was handed in the tick before; room for the tokens of the largest step."""
 
 
-def run_stage(
-    body: Callable[[Any, Any, Any], tuple[Any, Any]], stack: Any, cache: Any, inputs: Any
-) -> tuple[Any, Any]:
-    """Calls body(stack, cache, inputs) -> (hidden, cache) on each stage's own layers.
+def run_stages(
+    body: Callable[[Any, Any, Any, Any], tuple[Any, Any]],
+    stack: Any,
+    cache: Any,
+    placement: Any,
+    entering: Float[Array, "tokens embed"],
+    held: Held | None,
+    *,
+    rules: Rules,
+) -> tuple[Float[Array, "tokens embed"], Any, Held | None]:
+    """One tick: body(stack, cache, placement, x) -> (x, cache) on each stage's own layers.
 
-    `stack` and `cache` are trees of arrays with a leading axis of layers; `inputs` and hidden
-    states are the same on all stages.
+    Args:
+        stack, cache: trees of arrays with a leading axis of layers.
+        placement: a tree of arrays with a leading axis of stages.
+        entering: the micro-batch that enters the first stage.
+        held: None where there is one stage.
+
+    Returns:
+        what the last stage gave, on all stages; the cache; and what each stage was handed.
     """
-    whole = PartitionSpec()
+    own, whole = PartitionSpec(STAGES), PartitionSpec()
+    stages = rules.plan.sizes[STAGES]
+
+    def stage(
+        stack: Any, cache: Any, placement: Any, entering: Array, held: Array | None
+    ) -> tuple[Any, Any, Any]:
+        placement = jax.tree.map(_only, placement)
+        if held is None:
+            return *body(stack, cache, placement, entering), None
+        index = lax.axis_index(STAGES)
+        x = jnp.where(index == 0, entering, _cut(_only(held), entering, rules))
+        x, cache = body(stack, cache, placement, x)
+        leaving = lax.psum(jnp.where(index == stages - 1, x, 0), STAGES)
+        ring = [(source, (source + 1) % stages) for source in range(stages)]
+        handed = lax.ppermute(x, STAGES, ring)
+        return leaving, cache, _fill(_only(held), handed, rules)[None]
+
     return jax.shard_map(
-        body,
-        in_specs=(STAGE, STAGE, whole),
-        out_specs=(whole, STAGE),
-        axis_names={"pp"},
+        stage,
+        in_specs=(own, own, own, whole, own),
+        out_specs=(whole, own, own),
+        axis_names={STAGES},
         check_vma=False,
-    )(stack, cache, inputs)
+    )(stack, cache, placement, entering, held)
+
+
+def _only(x: Array) -> Array:
+    return x[0]
+
+
+def _cut(held: Array, like: Array, rules: Rules) -> Array:
+    """The first tokens of each batch rank, as many as a tick's step has."""
+    tokens = rules.spec("tokens", None)
+
+    def body(held: Array, like: Array) -> Array:
+        return held[: like.shape[0]]
+
+    return island(body, in_specs=(tokens, tokens), out_specs=tokens)(held, like)
+
+
+def _fill(held: Array, x: Array, rules: Rules) -> Array:
+    """Puts each batch rank's tokens first."""
+    tokens = rules.spec("tokens", None)
+
+    def body(held: Array, x: Array) -> Array:
+        return lax.dynamic_update_slice_in_dim(held, x, 0, axis=0)
+
+    return island(body, in_specs=(tokens, tokens), out_specs=tokens)(held, x)

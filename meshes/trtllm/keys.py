@@ -57,7 +57,7 @@ _SIZES: dict[str, Fate] = {
     "moe_expert_parallel_size": Honoured("moe_expert_parallel_size", "`ep`: experts over ranks"),
     "moe_tensor_parallel_size": Honoured("moe_tensor_parallel_size", "`tp`: inside each expert"),
     "moe_cluster_parallel_size": Fixed((1,), "expert clusters do not exist here"),
-    "pipeline_parallel_size": Honoured("pipeline_parallel_size", "`pp`; does not run yet above 1"),
+    "pipeline_parallel_size": Honoured("pipeline_parallel_size", "`pp`: stages of layers"),
     "pp_partition": Honoured("pp_partition", "layers of each stage: as many numbers as stages"),
     "context_parallel_size": Honoured("context_parallel_size", "`cp`; does not run yet above 1"),
     "cp_config.cp_type": Honoured("cp_type", "RING or HELIX; where it is left out, RING"),

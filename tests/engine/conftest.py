@@ -125,7 +125,11 @@ class LogitsProgram:
         )
         pages = self.bucket.decodes * self.bucket.width * self.rules.size("pages")
         shapes = cache_shapes(config, self.rules, pages=pages, page_size=self.page_size)
-        self.empty_cache = jax.jit(partial(empty_cache, shapes, dtype, self.rules))
+        self.empty_cache = partial(empty_cache, shapes, dtype, self.rules)
+        self.stages = self.rules.size("layers")
+        tokens = self.bucket.tokens * self.rules.size("tokens")
+        self.held_shape = (self.stages, tokens, config.hidden_size)
+        self.empty = jax.jit(self._empty)
         self.compute = jax.jit(self._compute, donate_argnums=1)
 
     def run(self, prompts: list[list[list[int]]]) -> np.ndarray:
@@ -133,44 +137,60 @@ class LogitsProgram:
         requests = [[_request(ids) for ids in rank] for rank in prompts]
         rows, length = self.bucket.decodes, len(prompts[0][0])
         with jax.set_mesh(self.mesh):
-            cache = self.empty_cache()
-            packed = self._pack(requests, range(self.prefill))
-            logits, cache = self.compute(self.weights, cache, packed)
+            logits, carry = self._pass(self.empty(), requests, range(self.prefill))
             prefilled = np.asarray(logits)[:, rows:].reshape(len(prompts), rows, self.prefill, -1)
             decoded = []
             for position in range(self.prefill, length):
-                packed = self._pack(requests, range(position, position + 1))
-                logits, cache = self.compute(self.weights, cache, packed)
+                fed = range(position, position + 1)
+                logits, carry = self._pass(carry, requests, fed)
                 decoded.append(np.asarray(logits)[:, :rows])
         return np.concatenate([prefilled, np.stack(decoded, axis=2)], axis=2)
 
+    def _empty(self) -> tuple[Cache, jax.Array | None]:
+        spec = self.rules.spec("layers", "tokens", None)
+        held = jnp.zeros(self.held_shape, out_sharding=spec) if self.stages > 1 else None
+        return self.empty_cache(), held
+
+    def _pass(self, carry: Any, requests: Any, positions: range) -> Any:
+        """Lets these positions pass all pipeline stages, a tick each; the other stages idle."""
+        logits = None
+        idle = [[] for _ in requests]
+        for stage in range(self.stages):
+            stages = [requests if at == stage else idle for at in range(self.stages)]
+            packed = np.stack([self._pack(each, positions) for each in stages])
+            sharding = self.rules.sharding(self.mesh, None, "requests", None)
+            logits, carry = self.compute(self.weights, carry, jax.device_put(packed, sharding))
+        return logits, carry
+
     def _compute(
-        self, weights: Weights, cache: Cache, packed: jax.Array
-    ) -> tuple[jax.Array, Cache]:
-        ranks = len(packed)
+        self, weights: Weights, carry: tuple[Cache, jax.Array | None], packed: jax.Array
+    ) -> tuple[jax.Array, tuple[Cache, jax.Array | None]]:
+        cache, held = carry
+        ranks = packed.shape[1]
         unused = jnp.zeros((ranks, 1), jnp.int32, out_sharding=self.rules.spec("requests", None))
         inputs = unpack(packed, unused, self.bucket, rules=self.rules)
         decoder = self.maker.decoder(weights)
-        hidden, cache = decoder(inputs.ids, cache, inputs.placement, options=self.maker.options)
+        hidden, cache, held = decoder(
+            inputs.ids, cache, inputs.placement, held, options=self.maker.options
+        )
         spec = self.rules.spec(None, "vocab")
         logits = jnp.einsum("te,ev->tv", replicate(hidden), decoder.head, out_sharding=spec)
         logits = replicate(logits)[:, : self.maker.vocab_size]
-        return logits.reshape(ranks, self.bucket.tokens, -1), cache
+        return logits.reshape(ranks, self.bucket.tokens, -1), (cache, held)
 
-    def _pack(self, requests: list[list[Request]], positions: range) -> jax.Array:
+    def _pack(self, requests: list[list[Request]], positions: range) -> np.ndarray:
         """A step in which every request feeds these positions."""
         ranks = tuple(
             tuple(self._work(request, row, positions) for row, request in enumerate(rank))
             for rank in requests
         )
-        packed = pack_schedule(
+        return pack_schedule(
             Schedule(index=0, ranks=ranks, admitted=(), preempted=()),
             self.bucket,
             page_size=self.page_size,
             max_batch_size=self.bucket.decodes,
             sampling_of=partial(sampling_columns, processors=0),
         )
-        return jax.device_put(packed, self.rules.sharding(self.mesh, "requests", None))
 
     def _work(self, request: Request, row: int, positions: range) -> Work:
         first, count = row * self.bucket.width, -(-positions.stop // self.page_size)

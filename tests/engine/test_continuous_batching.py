@@ -178,9 +178,9 @@ def test_a_step_is_dispatched_before_the_tokens_of_the_one_before_are_read(
     dispatch, read = engine.runner.dispatch, engine._read
     order: list[tuple[str, int]] = []
 
-    def record_dispatch(schedule):
-        order.append(("dispatch", schedule.index))
-        return dispatch(schedule)
+    def record_dispatch(stages):
+        order.append(("dispatch", stages[0].index))
+        return dispatch(stages)
 
     def record_read(dispatched):
         order.append(("read", dispatched.schedule.index))

@@ -102,9 +102,9 @@ def test_a_compilation_inside_a_step_is_counted_as_a_fault(llm_on, monkeypatch):
     engine = Engine(llm_on(FAMILY, PLANS[0], **FIVE_BUCKETS).engine.runner)
     dispatch = engine.runner.dispatch
 
-    def compile_and_dispatch(schedule: Any) -> Any:
-        jax.jit(_double)(jnp.arange(schedule.index + 100))
-        return dispatch(schedule)
+    def compile_and_dispatch(stages: Any) -> Any:
+        jax.jit(_double)(jnp.arange(stages[0].index + 100))
+        return dispatch(stages)
 
     monkeypatch.setattr(engine.runner, "dispatch", compile_and_dispatch)
     engine.submit(request(max_tokens=2))
@@ -118,8 +118,8 @@ def record_buckets(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> set[Any]:
     used = set()
     dispatch = llm.engine.runner.dispatch
 
-    def record(schedule: Any) -> Any:
-        dispatched = dispatch(schedule)
+    def record(stages: Any) -> Any:
+        dispatched = dispatch(stages)
         used.add(dispatched.bucket)
         return dispatched
 

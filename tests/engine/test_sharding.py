@@ -68,7 +68,7 @@ def device_bytes(tree: Any) -> int:
 )
 def test_weights_on_a_device_shrink_with_tensor_ranks_up_to_padding(tp, group, ffn, vocab, llm_on):
     weights = llm_on(ODD, ParallelPlan(tp=tp)).engine.runner.weights
-    attention, mlp = weights["layers"]["attention"], weights["layers"]["mlp"]
+    attention, mlp = weights["layers"]["attention"], weights["mlp"]
     assert device_shape(attention["qkv"]) == (3, 60, 1, group + 2, 14)
     assert device_shape(attention["out"]) == (3, 1, group, 14, 60)
     assert device_shape(mlp["gate_up"]) == (3, 60, 2, ffn)
@@ -102,7 +102,7 @@ def test_pages_and_rows_are_split_over_batch_ranks_and_head_slots_over_the_other
     assert device_shape(runner.state.last_tokens) == (1, 4)
     for bucket, step in runner._steps.items():
         packed = step.input_shardings[0][-1]
-        assert packed.shard_shape((ranks, bucket.num_numbers)) == (1, bucket.num_numbers)
+        assert packed.shard_shape((1, ranks, bucket.num_numbers)) == (1, 1, bucket.num_numbers)
 
 
 @pytest.mark.parametrize("plan", SPLITS, ids=str)
