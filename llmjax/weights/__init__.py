@@ -3,6 +3,7 @@
 from llmjax.weights.checkpoint import EMBEDDED_MODEL, open_checkpoint
 from llmjax.weights.interface import Checkpoint, CheckpointError, TensorInfo
 from llmjax.weights.load import AbstractParam, load_weights
+from llmjax.weights.upcycled import upcycle
 
 __all__ = [
     "EMBEDDED_MODEL",
@@ -12,4 +13,5 @@ __all__ = [
     "TensorInfo",
     "load_weights",
     "open_checkpoint",
+    "upcycle",
 ]
