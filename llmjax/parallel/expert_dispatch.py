@@ -30,6 +30,7 @@ from llmjax.parallel.collectives import (
     psum_scatter,
 )
 from meshes import Rules
+from pallas_kernels import sort_rows
 
 Dispatch = Literal["allreduce", "allgather", "all_to_all"]
 Exchange = Literal["padded", "ragged"]
@@ -140,16 +141,15 @@ def sort_by_slot(local_slots: Int[Array, "tokens top_k"], num_slots: int) -> Sor
     count, top_k = local_slots.shape
     held = (local_slots >= 0) & (local_slots < num_slots)
     flat = jnp.where(held, local_slots, num_slots).reshape(-1)
-    order = jnp.argsort(flat)
-    row_of_pair = jnp.zeros_like(order).at[order].set(jnp.arange(count * top_k))
+    order, place, sizes = sort_rows(flat, num_slots)
     # The slots of a token differ, so at most this many are here.
     kept = order[: count * min(top_k, num_slots)]
     return SortedRows(
         token=kept // top_k,
         choice=kept % top_k,
         slot=jnp.minimum(flat[kept], num_slots - 1),
-        sizes=jnp.sum(flat[:, None] == jnp.arange(num_slots), axis=0, dtype=jnp.int32),
-        row_of_pair=jnp.where(held, row_of_pair.reshape(count, top_k), 0),
+        sizes=sizes,
+        row_of_pair=jnp.where(held, place.reshape(count, top_k), 0),
         held=held,
     )
 
