@@ -1,0 +1,148 @@
+"""Pipeline stages: the same logits and tokens, a permute a tick, and no stage that waits."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmjax import LLM, SamplingParams
+from llmjax.engine.engine import Engine
+from llmjax.engine.request import Request
+from llmjax.explore.collectives import read_collectives
+from meshes import ParallelPlan, Rules
+
+UNEVEN = ParallelPlan(pp=2, ep=2, pp_partition=(1, 2))
+"""DeepSeek's first layer is dense: one stage holds it alone, the other one what has experts."""
+CELLS = {
+    "llama": ParallelPlan(pp=3, tp=2),
+    "qwen3_moe_odd": ParallelPlan(pp=2, dp=2),
+    "deepseek_v3": UNEVEN,
+    "llama4_text": ParallelPlan(pp=2, ep=2, tp=2, attention_dp="partial"),
+    "gemma3_text": ParallelPlan(pp=4, tp=2, attention_dp=True),
+}
+TIGHT: dict[str, Any] = {
+    "max_batch_size": 6,
+    "batch_buckets": (6,),
+    "max_num_tokens": 16,
+    "token_buckets": (16,),
+    "max_seq_len": 64,
+    "kv_cache_max_tokens": 96,
+    "tokens_per_block": 4,
+}
+"""A pool that holds two of the longest requests; a step shorter than most prompts."""
+
+
+@pytest.mark.parametrize(("model", "plan"), CELLS.items(), ids=str)
+def test_logits_behind_stages_are_hugging_faces(model, plan, golden, logits_on):
+    expected = golden(model)
+    orders = [(0, 1) if rank % 2 == 0 else (1, 0) for rank in range(Rules(plan).size("requests"))]
+    prompts = [[expected.input_ids[row].tolist() for row in order] for order in orders]
+    logits = logits_on(expected.folder, plan)(prompts)
+    np.testing.assert_allclose(logits, expected.logits[np.array(orders)], rtol=0, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def served(llm_on) -> dict[ParallelPlan, LLM]:
+    plans = (ParallelPlan(), UNEVEN)
+    return {plan: llm_on("deepseek_v3", plan, **TIGHT) for plan in plans}
+
+
+def draw_prompts(count: int) -> list[list[int]]:
+    """Prompts of random lengths, every other one with a prefix that others have."""
+    draw = np.random.default_rng(5)
+    prefix = draw.integers(3, 160, 14).tolist()
+    prompts = [draw.integers(3, 160, draw.integers(1, 30)).tolist() for _ in range(count)]
+    return [prefix + ids if index % 2 else ids for index, ids in enumerate(prompts)]
+
+
+def test_requests_get_their_tokens_with_several_micro_batches_in_flight(served):
+    prompts = draw_prompts(24)
+    params = [
+        SamplingParams(
+            temperature=0 if index % 3 else 1.0,
+            seed=index,
+            repetition_penalty=1.3 if index % 4 == 0 else 1.0,
+            max_tokens=1 + index % 17,
+            logprobs=2 if index % 5 == 0 else None,
+            prompt_logprobs=1 if index == 3 else None,
+            ignore_eos=True,
+        )
+        for index in range(len(prompts))
+    ]
+    outputs = {plan: llm.generate(prompts, params) for plan, llm in served.items()}
+    alone, staged = outputs[ParallelPlan()], outputs[UNEVEN]
+    for one, other in zip(alone, staged, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        assert same_logprobs(one.outputs[0].logprobs, other.outputs[0].logprobs)
+    assert same_logprobs(alone[3].prompt_logprobs[1:], staged[3].prompt_logprobs[1:])
+    engine = served[UNEVEN].engine
+    assert engine.scheduler.num_preemptions > 0, "the pool was never tight"
+    assert max(output.num_cached_tokens for output in staged) > 0, "no prefix was reused"
+    assert engine.stats.chunked_prefills > 0 and engine.stats.compilations == 0
+    assert not engine.has_work
+
+
+def same_logprobs(one: Any, other: Any) -> bool:
+    """The same tokens with log-probabilities that differ by rounding."""
+    if one is None or other is None:
+        return one is other
+    return all(
+        left.keys() == right.keys()
+        and all(abs(left[token].logprob - right[token].logprob) < 1e-4 for token in left)
+        for left, right in zip(one, other, strict=True)
+    )
+
+
+def test_closing_a_stream_lets_its_micro_batch_pass_and_frees_its_pages(served):
+    llm = served[UNEVEN]
+    stream = llm.stream([5, 6, 7, 8, 9], SamplingParams(temperature=0, max_tokens=30))
+    next(stream)
+    stream.close()
+    blocks = llm.engine.scheduler.blocks[0]
+    assert not llm.engine.has_work and blocks.num_available == 24
+
+
+def test_micro_batches_are_equal_and_no_tick_is_empty(served, monkeypatch):
+    engine = Engine(served[UNEVEN].engine.runner)
+    decodes: list[list[int]] = []
+    dispatch = engine.runner.dispatch
+
+    def record(stages: Any) -> Any:
+        decodes.append([count_decodes(schedule) for schedule in stages])
+        return dispatch(stages)
+
+    monkeypatch.setattr(engine.runner, "dispatch", record)
+    for index in range(4):
+        params = SamplingParams(temperature=0)
+        ids = (5 + index, 6, 7)
+        engine.submit(
+            Request(id=index, prompt_ids=ids, params=params, max_tokens=12, stop_ids=frozenset())
+        )
+    while engine.has_work:
+        engine.step()
+    # All four prompts enter in one tick; two ticks later their first tokens are there.
+    steady = decodes[4:-3]
+    assert len(steady) > 16 and all(tick == [2, 2] for tick in steady)
+    # Twelve tokens of four requests in batches of two, over two stages.
+    assert len(decodes) <= 2 * 12 + 2
+
+
+def count_decodes(schedule: Any) -> int:
+    return len(schedule.rows[0][0]) if schedule else 0
+
+
+def test_a_tick_permutes_once_whatever_the_number_of_layers(served):
+    runner = served[UNEVEN].engine.runner
+    bucket = min(runner.buckets)
+    found = read_collectives(runner.compiled_text(bucket), runner.rules.plan.sizes)
+    permutes = [one for one in found if one.kind == "collective-permute"]
+    assert [(one.axes, one.count) for one in permutes] == [(("pp",), 1)]
+    over_stages = [one for one in found if "pp" in one.axes and one.kind != "collective-permute"]
+    assert all(one.part not in ("attention", "mlp") for one in over_stages)
+
+
+def test_more_stages_than_layers_are_refused(golden):
+    folder: Path = golden("llama").folder
+    with pytest.raises(ValueError, match="pp=4 is more pipeline stages .* use at most 3"):
+        LLM(folder, pipeline_parallel_size=4, progress=False)
