@@ -32,6 +32,7 @@ from llmjax.plans import check_that_it_runs, resolve
 from llmjax.prompts import Prompt, as_batch, encode_prompt, prompt_text
 from llmjax.tokenizer import load_tokenizer
 from llmjax.weights import EMBEDDED_MODEL, open_checkpoint
+from llmjax.weights import upcycle as upcycle_model
 from llmjax.weights.model import load_model, random_model
 from meshes import ParallelPlan, Rules, make_mesh
 
@@ -44,6 +45,8 @@ class LLM:
         plan: a `ParallelPlan`, a YAML file of mesh axes or of TensorRT-LLM's keys, or a preset.
         tensor_parallel_size, data_parallel_size, enable_attention_dp: a plan in other words.
         load_format: "dummy" draws random weights and needs only a config.json.
+        upcycle: "8x2" makes 8 experts of each layer of a dense model, of which a token takes 2;
+            the text stays the same.
         progress: show bars for loading and generating.
         allow_unsupported: keys of TensorRT-LLM to drop, with a warning, where they are refused.
         options: see `llmjax.config.EngineConfig`; TensorRT-LLM's keys are in `docs/trtllm.md`.
@@ -63,6 +66,7 @@ class LLM:
         data_parallel_size: int | None = None,
         enable_attention_dp: bool | Literal["partial"] | None = None,
         load_format: Literal["auto", "dummy"] = "auto",
+        upcycle: str | None = None,
         progress: bool = True,
         allow_unsupported: Sequence[str] = (),
         **options: Any,
@@ -82,6 +86,8 @@ class LLM:
         self.progress = progress and jax.process_index() == 0
         checkpoint = open_checkpoint(model, needs_weights=load_format != "dummy")
         family = find_family(checkpoint.config)
+        if upcycle is not None:
+            checkpoint, family = upcycle_model(checkpoint, family, upcycle)
         self.config: ModelConfig = family.read_config(checkpoint.config)
         self.plan.check_layers(self.config.num_layers)
         self.mesh: Mesh = make_mesh(self.plan)

@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from typer.testing import CliRunner
 
+from llmjax import ConfigError
 from llmjax.cli import app
 from llmjax.llm import LLM
 
@@ -86,6 +87,18 @@ def test_raw_continues_the_text_and_a_dash_reads_standard_input(spoken, golden):
     sampling = ["--temperature", 0, "--max-tokens", 12, "--max-seq-len", 32]
     result = invoke("generate", "-", "--model", spoken, "--raw", *sampling, input=f"{prompt}\n")
     assert result.stdout.split() == continued.split()
+
+
+def test_a_model_made_of_experts_gives_the_same_answer(spoken, golden):
+    layout = ["--tp", 2, "--ep", 2, "--upcycle", "4x2"]
+    sampling = ["--temperature", 0, "--max-tokens", 12, "--max-seq-len", 32]
+    result = invoke("generate", golden[0], "--model", spoken, "--raw", *layout, *sampling)
+    assert result.stdout.split() == golden[1].split()
+
+
+def test_experts_that_cannot_be_made_are_refused(spoken):
+    with pytest.raises(ConfigError, match="upcycle='8' is not understood"):
+        invoke("generate", "w1", "--model", spoken, "--upcycle", "8")
 
 
 def test_sampling_flags_reach_the_model(spoken, golden, monkeypatch):

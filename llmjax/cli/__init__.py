@@ -67,6 +67,7 @@ def generate(
         bool, typer.Option("--raw", help="Continue the text; without it, chat with the model.")
     ] = False,
     max_tokens: options.MaxTokens = 256,
+    upcycle: options.Upcycle = None,
 ) -> None:
     """Generates text from prompts: one is printed as it comes, several when all are done."""
     start(**asdict(devices))
@@ -77,6 +78,7 @@ def generate(
         layout=layout,
         limits=limits,
         usual_batch_size=min(len(prompts), 8),
+        upcycle=upcycle,
     )
     tokenizer = session.llm.tokenizer
     chats = not raw and tokenizer is not None and tokenizer.has_chat_template
@@ -106,6 +108,7 @@ def chat(
     model: options.Model = "smollm2-135m-instruct",
     system: Annotated[str | None, typer.Option(help="What the model is told first.")] = None,
     max_tokens: options.MaxTokens = 512,
+    upcycle: options.Upcycle = None,
 ) -> None:
     """Holds a conversation; an empty line or the end of the input ends it."""
     start(**asdict(devices))
@@ -115,6 +118,7 @@ def chat(
         layout=layout,
         limits=limits,
         usual_batch_size=1,
+        upcycle=upcycle,
     )
     messages = [{"role": "system", "content": system}] if system else []
     while text := read_turn():

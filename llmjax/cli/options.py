@@ -88,6 +88,13 @@ VirtualDevices = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")]
 MaxSeqLen = Annotated[int | None, typer.Option(help="Prompt and generated tokens of a request.")]
+Upcycle = Annotated[
+    str | None,
+    typer.Option(
+        metavar="EXPERTSxTOP_K",
+        help="Make experts of a dense model's layers, such as 8x2; its text stays the same.",
+    ),
+]
 Coordinator = Annotated[
     str | None, typer.Option(help="Address and port of process 0.", rich_help_panel=PROCESSES)
 ]

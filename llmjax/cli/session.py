@@ -30,6 +30,7 @@ class Session:
         layout: Layout,
         limits: Limits,
         usual_batch_size: int,
+        upcycle: str | None,
     ):
         given = {key: value for key, value in sampling.items() if value is not None}
         # Bad values are refused before the model is loaded.
@@ -40,7 +41,7 @@ class Session:
             allow_unsupported=layout.allow_unsupported or (),
         )
         engine_options.setdefault("max_batch_size", usual_batch_size)
-        self.llm = LLM(model, plan=plan, **engine_options)
+        self.llm = LLM(model, plan=plan, upcycle=upcycle, **engine_options)
         recommended = self.llm.get_default_sampling_params()
         if recommended == SamplingParams():
             recommended = replace(recommended, temperature=UNASKED_TEMPERATURE)

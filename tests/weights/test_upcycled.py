@@ -1,12 +1,13 @@
 """A dense model as a mixture of its own copies."""
 
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax import ConfigError
+from llmjax import LLM, ConfigError, SamplingParams
 from llmjax.models.registry import find_family
 from llmjax.weights import open_checkpoint, upcycle
 from llmjax.weights.model import load_model
@@ -68,3 +69,56 @@ def test_a_model_that_cannot_have_experts_says_why(family_name, reason):
     checkpoint = open_checkpoint(GOLDEN / family_name)
     with pytest.raises(ConfigError, match=reason):
         upcycle(checkpoint, find_family(checkpoint.config), "8x2")
+
+
+def test_a_model_continues_as_before_when_its_tokens_are_sent_to_experts():
+    stored = np.load(GOLDEN / "llama" / "io.npz")
+    greedy, count = stored["greedy"][0].tolist(), stored["prompt"].shape[1]
+    llm = LLM(
+        GOLDEN / "llama",
+        plan=ParallelPlan(ep=2, tp=2, attention_dp=True),
+        upcycle="6x3",
+        moe_dispatch="all_to_all",
+        progress=False,
+        max_batch_size=1,
+        batch_buckets=(1,),
+        max_num_tokens=16,
+        max_seq_len=32,
+        token_buckets=(16,),
+        kv_cache_max_tokens=64,
+    )
+    params = SamplingParams(temperature=0, max_tokens=len(greedy) - count, ignore_eos=True)
+    output = llm.generate([greedy[:count]], params)[0]
+    assert list(output.outputs[0].token_ids) == greedy[count:]
+
+
+SMOLLM2 = json.loads((GOLDEN / "smollm2_greedy.json").read_text())["cases"][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plan", "dispatch"),
+    [
+        (ParallelPlan(tp=2), "allreduce"),
+        (ParallelPlan(ep=2), "allreduce"),
+        (ParallelPlan(ep=2, attention_dp=True), "allgather"),
+        (ParallelPlan(ep=2, tp=2, attention_dp=True), "all_to_all"),
+    ],
+    ids=str,
+)
+def test_smollm2_says_the_same_through_experts(plan, dispatch):
+    llm = LLM(
+        plan=plan,
+        upcycle="8x2",
+        dtype="float32",
+        progress=False,
+        moe_dispatch=dispatch,
+        max_batch_size=1,
+        batch_buckets=(1,),
+        max_num_tokens=40,
+        token_buckets=(40,),
+        max_seq_len=64,
+        kv_cache_max_tokens=128,
+    )
+    output = llm.generate(SMOLLM2["messages"], SamplingParams(temperature=0, max_tokens=8))[0]
+    assert list(output.outputs[0].token_ids) == SMOLLM2["greedy_ids"]
