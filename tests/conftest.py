@@ -43,6 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    # Each worker has its own 8 devices and keeps what it compiles; a GPU is not shared.
+    return 1 if config.option.markexpr == "gpu" else min(os.cpu_count() or 1, 4)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     # Half an hour of combinations, of which other tests run a selection.
     if "matrix" not in config.option.markexpr:
