@@ -48,6 +48,8 @@ def read_dense_config(hf: Mapping[str, Any], **special: Any) -> ModelConfig:
             f"config.json gives hidden_act={act!r}: known are {', '.join(activation)}."
         )
     heads, hidden = require(hf, "num_attention_heads"), require(hf, "hidden_size")
+    # gpt-oss names no type; what is quantised reads as bfloat16.
+    unnamed_dtype = "bfloat16" if hf.get("quantization_config") else "float32"
     values = {
         "architecture": hf["architectures"][0],
         "vocab_size": require(hf, "vocab_size"),
@@ -62,7 +64,7 @@ def read_dense_config(hf: Mapping[str, Any], **special: Any) -> ModelConfig:
         "rope": read_rope(hf),
         "activation": activation[act],
         "tie_word_embeddings": bool(hf.get("tie_word_embeddings", False)),
-        "dtype": str(hf.get("dtype") or hf.get("torch_dtype") or "float32"),
+        "dtype": str(hf.get("dtype") or hf.get("torch_dtype") or unnamed_dtype),
     }
     return ModelConfig(**{**values, **special})
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from llmjax.models.registry import find_family
 from llmjax.weights import CheckpointError, open_checkpoint
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -148,6 +149,13 @@ def test_another_quantisation_is_refused_by_its_name(method, tmp_path):
 def test_the_configuration_of_any_quantised_model_can_be_read(tmp_path):
     folder = write(tmp_path / "q", "llama", {"w": np.ones(2)}, METHODS["gptq"])
     assert open_checkpoint(folder, needs_weights=False).config["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(("settings", "dtype"), [(MXFP4_SETTINGS, "bfloat16"), (None, "float32")])
+def test_a_quantised_model_that_names_no_type_runs_in_bfloat16(settings, dtype, tmp_path):
+    folder = write(tmp_path / "q", "gpt_oss", {"w": np.ones(2)}, settings, dtype=None)
+    config = open_checkpoint(folder).config
+    assert find_family(config).read_config(config).dtype == dtype
 
 
 def test_float8_without_its_scales_is_refused(tmp_path):
