@@ -130,4 +130,4 @@ def _score_in_parts(
         return compute_logprobs(logits, part[1], count, vocabulary)
 
     parts = lax.map(score_part, (hidden, targets))
-    return Logprobs(*(field.reshape(-1, *field.shape[2:])[:rows] for field in parts))
+    return Logprobs(*(jax.lax.collapse(field, 0, 2)[:rows] for field in parts))

@@ -80,6 +80,12 @@ def test_scores_of_given_tokens_are_exact_however_many_rows_go_at_once(
     check(sampler_on(plan, 5).score(logits, targets), logits, targets, 5)
 
 
+def test_tokens_are_scored_without_alternatives_too(sampler_on):
+    logits = random_logits(8)
+    targets = logits.argmin(axis=1).astype(np.int32)
+    check(sampler_on(PLANS[1], 0).score(logits, targets), logits, targets, 0)
+
+
 def test_a_step_without_targets_is_not_scored(sampler_on):
     scores = sampler_on(ParallelPlan(tp=8), 5).score(random_logits(8), np.full(8, -1, np.int32))
     for field in scores:
