@@ -98,10 +98,9 @@ def _llama3(base: np.ndarray, config: RopeConfig) -> tuple[np.ndarray, float]:
     """Llama 3.1: long wavelengths divided, short ones kept, a ramp between."""
     wavelength = 2 * np.pi / base
     original = _original_length(config)
-    ramp = (original / wavelength - config.low_freq_factor) / (
-        config.high_freq_factor - config.low_freq_factor
-    )
-    ramp = np.clip(ramp, 0.0, 1.0)
+    # Where both bounds are one, a step is left of the ramp.
+    width = (config.high_freq_factor - config.low_freq_factor) or 1e-9
+    ramp = np.clip((original / wavelength - config.low_freq_factor) / width, 0.0, 1.0)
     return (1 - ramp) * base / config.factor + ramp * base, 1.0
 
 

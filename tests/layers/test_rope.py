@@ -36,3 +36,19 @@ def test_features_beyond_the_rotated_part_stay(interleaved):
     np.testing.assert_array_equal(turned[..., DIM:], x[..., DIM:])
     expected = turn(x[..., :DIM], interleaved=interleaved)
     np.testing.assert_allclose(turned[..., :DIM], expected, atol=1e-4)
+
+
+def test_llama3_without_a_ramp_divides_the_long_wavelengths_and_keeps_the_others():
+    config = RopeConfig(
+        theta=500000.0,
+        kind="llama3",
+        factor=16.0,
+        low_freq_factor=1.0,
+        high_freq_factor=1.0,
+        original_max_position_embeddings=8192,
+    )
+    plain = np.array(Rope(RopeConfig(theta=500000.0), head_dim=128).frequencies)
+    scaled = np.array(Rope(config, head_dim=128).frequencies)
+    is_long = 2 * np.pi / plain > 8192
+    assert is_long.any() and not is_long.all()
+    np.testing.assert_allclose(scaled, np.where(is_long, plain / 16, plain), rtol=1e-6)
