@@ -36,8 +36,8 @@ def paged_attention(
     Row r owns the queries `q[query_start[r]:query_start[r + 1]]`; the last of them stands at
     position `lengths[r] - 1`, and the keys of all of them are in the pages already. A `window` of w
     sees the last w positions, a `chunk` of c those since the last multiple of c; 0 or None is all.
-    Without `v_pages`, values are the first `value_dim` features of the keys. Queries outside every row give 0, and -inf as
-    log-sum-exp.
+    Without `v_pages`, values are the first `value_dim` features of the keys. Queries outside every
+    row give 0, and -inf as log-sum-exp.
 
     The softmax is taken online over blocks of `KV_BLOCK` positions (Milakov & Gimelshein, 2018), as
     many as the longest row needs, so that short rows never pay for the width of the page table.
