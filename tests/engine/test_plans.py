@@ -171,6 +171,7 @@ rows and leaves the others as they are.
 @pytest.fixture(scope="session")
 def page() -> Iterator[dict[tuple[str, str], float]]:
     """(model, strategy) -> worst error; what a session measures goes into the page at its end."""
+    # A file's tests run in one process (--dist loadfile), so nobody else writes the page.
     measured: dict[tuple[str, str], float] = {}
     yield measured
     lines = PAGE.read_text().splitlines() if PAGE.exists() else []
