@@ -417,7 +417,7 @@ def test_a_folder_without_a_tokenizer_takes_and_gives_ids_beside_another_model(l
 def test_dtype_is_that_of_weights_and_cache(tmp_path):
     tiny = open_tiny(GOLDEN / "llama", dtype="bfloat16")
     runner = tiny.engine.runner
-    assert runner.dtype == runner.state.cache.k.dtype == jnp.bfloat16
+    assert runner.dtype == runner.state.cache[0].dtype == jnp.bfloat16
     [output] = tiny.generate([[5, 6, 7]], SamplingParams(temperature=0, max_tokens=3))
     assert len(output.outputs[0].token_ids) == 3
 
