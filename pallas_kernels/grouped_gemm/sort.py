@@ -1,11 +1,14 @@
-"""Sorting rows by group, as a grouped product needs them, by counting and without a sort.
+"""Sorting rows by group, as a grouped product needs them.
 
-On a GPU, XLA's sort is a string of kernels whatever the size; counting takes one or a few.
+On a GPU, XLA's sort is a string of kernels whatever the size; counting takes one or a few. On a CPU
+counting would hold the comparisons in memory, and the sort is one call.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
 MAX_PAIRWISE = 2048
@@ -29,11 +32,27 @@ def sort_rows(group_of_row: Int[Array, "rows"], groups: int) -> SortedRows:
     """Sorts rows by group; those whose group is not in [0, groups) come last."""
     held = (group_of_row >= 0) & (group_of_row < groups)
     group_of_row = jnp.where(held, group_of_row, groups)
-    rows = group_of_row.size
-    count = _count_all if rows <= MAX_PAIRWISE else _count_by_block
-    place, sizes = count(group_of_row, groups)
-    row = jnp.zeros_like(place).at[place].set(jnp.arange(rows), unique_indices=True)
+    place, sizes = lax.platform_dependent(
+        group_of_row,
+        cpu=partial(place_by_sorting, groups=groups),
+        default=partial(place_by_counting, groups=groups),
+    )
+    row = jnp.zeros_like(place).at[place].set(jnp.arange(group_of_row.size), unique_indices=True)
     return SortedRows(row, place, sizes)
+
+
+def place_by_sorting(group_of_row: Int[Array, "rows"], groups: int) -> tuple[Array, Array]:
+    """Place of each row and sizes of the groups, by XLA's sort."""
+    order = jnp.argsort(group_of_row)
+    rows = jnp.arange(group_of_row.size, dtype=jnp.int32)
+    place = jnp.zeros_like(rows).at[order].set(rows, unique_indices=True)
+    return place, jnp.bincount(group_of_row, length=groups + 1)[:groups].astype(jnp.int32)
+
+
+def place_by_counting(group_of_row: Int[Array, "rows"], groups: int) -> tuple[Array, Array]:
+    """The same by counting the rows that come before each."""
+    few = group_of_row.size <= MAX_PAIRWISE
+    return (_count_all if few else _count_by_block)(group_of_row, groups)
 
 
 def _count_all(group_of_row: Array, groups: int) -> tuple[Array, Array]:

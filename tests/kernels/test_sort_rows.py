@@ -19,6 +19,15 @@ def test_rows_are_sorted_by_group_and_those_of_no_group_come_last(rows, groups):
     np.testing.assert_array_equal(out.sizes, np.bincount(key, minlength=groups + 1)[:groups])
 
 
+@pytest.mark.parametrize("rows", [1, 300, sort.MAX_PAIRWISE + 1])
+def test_counting_places_rows_where_sorting_does(rows):
+    group = jnp.asarray(np.random.default_rng(rows).integers(0, 6, rows), jnp.int32)
+    for counted, ordered in zip(
+        sort.place_by_counting(group, 5), sort.place_by_sorting(group, 5), strict=True
+    ):
+        np.testing.assert_array_equal(counted, ordered)
+
+
 @pytest.mark.parametrize("rows", [100, 40_000])
 def test_all_rows_in_one_group_keep_their_order(rows):
     out = sort_rows(jnp.full(rows, 2, jnp.int32), 4)
