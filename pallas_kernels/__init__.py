@@ -1,7 +1,7 @@
 """How fast: arrays in, arrays out. Knows no mesh and no model."""
 
 from pallas_kernels.grouped_gemm import SortedRows, grouped_gemm, sort_rows
-from pallas_kernels.paged_attention import paged_attention, store_rows, write_pages
+from pallas_kernels.paged_attention import paged_attention, store_rows
 
 __all__ = [
     "SortedRows",
@@ -9,5 +9,4 @@ __all__ = [
     "paged_attention",
     "sort_rows",
     "store_rows",
-    "write_pages",
 ]

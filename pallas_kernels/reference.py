@@ -113,20 +113,6 @@ def paged_attention(
     )
 
 
-def write_pages(
-    k_pages: Float[Array, "layers pages page kv_heads d"],
-    v_pages: Float[Array, "layers pages page kv_heads dv"],
-    layer: Int[Array, ""] | int,
-    k: Float[Array, "tokens kv_heads d"],
-    v: Float[Array, "tokens kv_heads dv"],
-    slots: Int[Array, "tokens"],
-) -> tuple[
-    Float[Array, "layers pages page kv_heads d"], Float[Array, "layers pages page kv_heads dv"]
-]:
-    """Stores the keys and values of tokens at slots = page * page_size + offset, -1 nowhere."""
-    return store_rows(k_pages, layer, k, slots), store_rows(v_pages, layer, v, slots)
-
-
 def store_rows(
     pages: Float[Array, "layers pages page kv_heads d"],
     layer: Int[Array, ""] | int,

@@ -6,14 +6,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from llmjax.config import EngineConfig, ModelConfig
-from llmjax.layers.moe import num_slots
-from llmjax.parallel.dispatch_cost import (
-    ExpertLoad,
-    buffer_bytes,
-    choose_dispatch,
-    largest_max_num_tokens,
-    sent_bytes,
-)
+from llmjax.layers.moe import choose_method, expert_load
+from llmjax.parallel.dispatch_cost import buffer_bytes, largest_max_num_tokens, sent_bytes
 from meshes import Rules
 
 
@@ -53,17 +47,15 @@ def list_traffic(
         return ()
     experts, traffic = config.experts, []
     for tokens in token_counts:
-        load = ExpertLoad(
+        load = expert_load(
+            experts,
+            rules,
             tokens=tokens,
             embed=config.hidden_size,
-            ffn=experts.ffn + -experts.ffn % rules.size("expert_ffn"),
-            num_slots=num_slots(experts, rules),
-            top_k=experts.top_k,
             itemsize=jnp.dtype(engine.dtype).itemsize,
             max_num_tokens=engine.moe_max_num_tokens,
         )
-        asked = engine.moe_dispatch
-        method = choose_dispatch(load, rules=rules) if asked == "auto" else asked
+        method = choose_method(engine.moe_dispatch, load, rules)
         traffic.append(
             ExpertTraffic(
                 tokens=tokens,

@@ -47,8 +47,7 @@ class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, *, declare: Declare):
         assert config.experts is not None
         experts, embed, rules = config.experts, config.hidden_size, declare.rules
-        slots = num_slots(experts, rules)
-        ffn = experts.ffn + -experts.ffn % rules.size("expert_ffn")
+        slots, ffn = num_slots(experts, rules), padded_ffn(experts, rules)
         bias = experts.bias
         self.gate_up = declare.param(
             (slots, embed, 2, ffn), ("experts", None, None, "expert_ffn"), fan_in=embed
@@ -111,6 +110,14 @@ class MoE(nnx.Module):
         """`weights` are those of all layers, of which `layer` is used; padding has no expert."""
         experts, gates = self._route(x)
         experts = jnp.where(is_real[:, None], experts, -1)
+        load = expert_load(
+            self.config,
+            self.rules,
+            tokens=x.shape[0] // self.rules.size("tokens"),
+            embed=x.shape[1],
+            itemsize=x.dtype.itemsize,
+            max_num_tokens=options.max_num_tokens,
+        )
         with jax.named_scope("experts"):
             out = dispatch_experts(
                 x,
@@ -120,7 +127,7 @@ class MoE(nnx.Module):
                 expert_specs(weights, self.rules),
                 layer,
                 _ComputeExperts(self.config.activation, self.rules),
-                method=choose_method(self.config, x, weights, options, self.rules),
+                method=choose_method(options.method, load, self.rules),
                 max_num_tokens=options.max_num_tokens,
                 rules=self.rules,
                 scale_inputs=self.config.scale_inputs,
@@ -177,31 +184,40 @@ def choose_experts(
     return experts, gates * config.scaling_factor
 
 
-def choose_method(
+def expert_load(
     config: ExpertConfig,
-    x: Float[Array, "tokens embed"],
-    weights: ExpertWeights,
-    options: DispatchOptions,
     rules: Rules,
-) -> Dispatch:
-    """The dispatch that was asked for, or the cheapest for these tokens."""
-    if options.method != "auto":
-        return options.method
-    load = ExpertLoad(
-        tokens=x.shape[0] // rules.size("tokens"),
-        embed=x.shape[1],
-        ffn=weights.down.shape[2],
-        num_slots=weights.down.shape[1],
+    *,
+    tokens: int,
+    embed: int,
+    itemsize: int,
+    max_num_tokens: int | None,
+) -> ExpertLoad:
+    """What a layer of experts has to do in a step of so many tokens a rank."""
+    return ExpertLoad(
+        tokens=tokens,
+        embed=embed,
+        ffn=padded_ffn(config, rules),
+        num_slots=num_slots(config, rules),
         top_k=config.top_k,
-        itemsize=x.dtype.itemsize,
-        max_num_tokens=options.max_num_tokens,
+        itemsize=itemsize,
+        max_num_tokens=max_num_tokens,
     )
-    return choose_dispatch(load, rules=rules)
+
+
+def choose_method(asked: Dispatch | Literal["auto"], load: ExpertLoad, rules: Rules) -> Dispatch:
+    """The dispatch that was asked for, or the cheapest for the load."""
+    return choose_dispatch(load, rules=rules) if asked == "auto" else asked
 
 
 def num_slots(config: ExpertConfig, rules: Rules) -> int:
     """Expert slots: the experts, padded to divide over the ranks that hold them."""
     return config.num_experts + -config.num_experts % rules.size("experts")
+
+
+def padded_ffn(config: ExpertConfig, rules: Rules) -> int:
+    """Features inside an expert, padded to divide over the ranks that hold them."""
+    return config.ffn + -config.ffn % rules.size("expert_ffn")
 
 
 def expert_specs(weights: ExpertWeights, rules: Rules) -> ExpertWeights:

@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import reference
 from pallas_kernels.paged_attention import decode_sm90, prefill_sm90
 from pallas_kernels.paged_attention.configs import decode_config, prefill_config
-from pallas_kernels.reference import store_rows, write_pages
+from pallas_kernels.reference import store_rows
 
-__all__ = ["paged_attention", "store_rows", "write_pages"]
+__all__ = ["paged_attention", "store_rows"]
 
 type Attended = tuple[Array, Array]
 """Outputs and log-sum-exps."""
