@@ -27,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-snapshots",
         action="store_true",
-        help="write tests/meshes/snapshots anew, for a person to review",
+        help="write tests/meshes/snapshots and docs/feature-matrix.md anew, for a person to review",
     )
 
 

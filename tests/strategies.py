@@ -32,6 +32,17 @@ ALTERNATIVES = (
     {"pp even", "pp uneven"},
 )
 """Values of one setting, which no plan can have at once."""
+ENGINE_FEATURES = (
+    "chunked prefill",
+    "prefix caching",
+    "preemption",
+    "overlap",
+    "logprobs",
+    "prompt logprobs",
+    "penalties",
+    "seeds",
+)
+"""What the engine does for requests on every plan."""
 
 
 @dataclass(frozen=True)
@@ -216,13 +227,13 @@ KINDS: dict[str, tuple[Cell, ...]] = {
         *(("glm4_moe", strategy) for strategy in THIRD),
         ("glm4_moe_groups", SPARE),
     ),
-    "latent": (
+    "latent (MLA)": (
         *(("deepseek_v2", strategy) for strategy in FIRST),
         *(("deepseek_v3", strategy) for strategy in SECOND),
         *(("deepseek_v2_groups_yarn", strategy) for strategy in (*THIRD[:2], SPARE)),
         *(("deepseek_v3_bias_yarn", strategy) for strategy in THIRD[2:]),
     ),
-    "window": tuple(
+    "sliding window": tuple(
         ("mixtral_window" if strategy.plan.ep > 1 else "gemma3_text", strategy)
         for strategy in PAIRS
     ),
