@@ -9,10 +9,11 @@ they will land in was filled with NaN, and must be finite everywhere.
 import functools
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -57,12 +58,29 @@ class Shape:
         used = int((group_sizes > 0).sum())
         return 2.0 * (used * self.k * self.n + self.rows * (self.k + self.n))
 
-    def arguments(self) -> list[jax.ShapeDtypeStruct]:
+    def floor_us(self, group_sizes: np.ndarray, limits: dict[str, float]) -> float:
+        arithmetic = self.flops() / limits["tflops"] / 1e6
+        return max(arithmetic, self.bytes(group_sizes) / limits["copy_gbps"] / 1e3)
+
+    def arguments(self) -> list[Any]:
         return [
             jax.ShapeDtypeStruct((self.rows, self.k), jnp.bfloat16),
             jax.ShapeDtypeStruct((1, self.groups, self.k, self.n), jnp.bfloat16),
             jax.ShapeDtypeStruct((self.groups,), jnp.int32),
         ]
+
+    def operands(self, key: jax.Array) -> tuple[Any, Any]:
+        """Random rows and matrices."""
+        keys = jax.random.split(key, 2)
+        lhs = jax.random.normal(keys[0], (self.rows, self.k), jnp.bfloat16)
+        rhs = jax.random.normal(keys[1], (1, self.groups, self.k, self.n), jnp.bfloat16)
+        return lhs, rhs * jnp.bfloat16(self.k**-0.5)
+
+    @staticmethod
+    def exact_row(lhs: Any, rhs: Any, row: jax.Array, group: jax.Array) -> jax.Array:
+        """One row of the product, in float32."""
+        weights = rhs[0, group].astype(jnp.float32)
+        return jnp.dot(lhs[row].astype(jnp.float32), weights, precision="highest")
 
 
 def _qwen(tokens: int, projection: str = "up") -> Shape:
@@ -167,11 +185,13 @@ def compile_all(folder: Path) -> dict[tuple[int, str], jax.stages.Compiled | Exc
     return {(int(i), name): program for (i, name), program in zip(names, compiled, strict=True)}
 
 
-def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list[dict]:
+def measure(
+    compiled: dict, limits: dict[str, float], *, seconds: float, shapes: Sequence[Shape] = SHAPES
+) -> list[dict]:
     """A row for every program on every distribution, while time is left."""
     deadline = time.monotonic() + seconds
     rows = []
-    for index, shape in enumerate(SHAPES):
+    for index, shape in enumerate(shapes):
         if time.monotonic() < deadline:
             mine = {name: program for (i, name), program in compiled.items() if i == index}
             rows += _measure_shape(shape, mine, limits)
@@ -186,21 +206,18 @@ def _compile(path: Path) -> jax.stages.Compiled | Exception:
 
 
 def _measure_shape(shape: Shape, compiled: dict, limits: dict[str, float]) -> list[dict]:
-    keys = jax.random.split(jax.random.key(time.time_ns() % 2**31), 2)
-    lhs = jax.random.normal(keys[0], (shape.rows, shape.k), jnp.bfloat16)
-    rhs = jax.random.normal(keys[1], (1, shape.groups, shape.k, shape.n), jnp.bfloat16)
-    rhs = rhs * jnp.bfloat16(shape.k**-0.5)
+    lhs, rhs = shape.operands(jax.random.key(time.time_ns() % 2**31))
     rows = []
     for distribution in DISTRIBUTIONS:
         sizes = shape.group_sizes(distribution)
         picked, groups = sample_rows(sizes)
-        want = _exact_rows(lhs, rhs, picked, groups)
+        want = _exact_rows(shape.exact_row, lhs, rhs, picked, groups)
         for name, program in compiled.items():
             row: dict = {"shape": shape.name, "distribution": distribution, "contender": name}
             try:
                 if isinstance(program, Exception):
                     raise program
-                arguments = (lhs, rhs, jnp.asarray(sizes))
+                arguments = (*jax.tree.leaves((lhs, rhs)), jnp.asarray(sizes))
                 row["error"] = _error(program, arguments, shape, picked, want)
                 us = timing.kernel_microseconds(program, *arguments)
                 row |= rates(shape, sizes, us, limits)
@@ -221,14 +238,9 @@ def sample_rows(sizes: np.ndarray, count: int = 32) -> tuple[np.ndarray, np.ndar
     return rows, np.searchsorted(ends, rows, side="right")
 
 
-@jax.jit
-def _exact_rows(lhs, rhs, rows, groups):
-    def one(pair):
-        row, group = pair
-        weights = rhs[0, group].astype(jnp.float32)
-        return jnp.dot(lhs[row].astype(jnp.float32), weights, precision="highest")
-
-    return lax.map(one, (rows, groups))
+@functools.partial(jax.jit, static_argnums=0)
+def _exact_rows(one_row: Callable, lhs, rhs, rows, groups):
+    return lax.map(lambda pair: one_row(lhs, rhs, *pair), (rows, groups))
 
 
 def _error(program, arguments, shape: Shape, picked: np.ndarray, want: jax.Array) -> float:
@@ -246,10 +258,9 @@ def _error(program, arguments, shape: Shape, picked: np.ndarray, want: jax.Array
 def rates(shape: Shape, sizes: np.ndarray, us: float, limits: dict[str, float]) -> dict:
     """Time, rates, and the share of the roofline max(FLOP / rate, bytes / copy rate)."""
     flops, moved = shape.flops(), shape.bytes(sizes)
-    floor = max(flops / limits["tflops"] / 1e6, moved / limits["copy_gbps"] / 1e3)
     return {
         "us": round(us, 1),
         "gbps": round(moved / us / 1e3),
         "tflops": round(flops / us / 1e6, 1),
-        "roofline_pct": round(100 * floor / us, 1),
+        "roofline_pct": round(100 * shape.floor_us(sizes, limits) / us, 1),
     }

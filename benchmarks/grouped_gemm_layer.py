@@ -67,8 +67,7 @@ class Layer:
         for chosen in experts:
             sizes = np.bincount(chosen.ravel(), minlength=self.experts)
             for product in self.products():
-                arithmetic = product.flops() / limits["tflops"] / 1e6
-                floors.append(max(arithmetic, product.bytes(sizes) / limits["copy_gbps"] / 1e3))
+                floors.append(product.floor_us(sizes, limits))
         return sum(floors) / len(experts)
 
     def arguments(self) -> list[jax.ShapeDtypeStruct]:

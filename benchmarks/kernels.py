@@ -20,7 +20,13 @@ import jax
 from benchmarks import timing
 
 RESULTS = Path(__file__).parent / "results"
-OPERATIONS = ("grouped_gemm", "grouped_gemm_layer", "paged_attention", "prefill")
+OPERATIONS = (
+    "grouped_gemm",
+    "grouped_gemm_float8",
+    "grouped_gemm_layer",
+    "paged_attention",
+    "prefill",
+)
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """What each operation means, in plain XLA: the kernels are tested against these functions."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -143,7 +145,57 @@ def grouped_gemm(
 
     The work follows the rows: one product per block of `ROW_BLOCK` rows of one group.
     """
-    rows, groups = lhs.shape[0], rhs.shape[1]
+
+    def multiply(row: Array, group: Array) -> Array:
+        rows = lhs.at[row].get(mode="fill", fill_value=0)
+        return jnp.dot(rows, rhs[layer, group], preferred_element_type=jnp.float32)
+
+    return _for_each_group(
+        multiply, group_sizes, layer, bias, activation, first_group,
+        groups=rhs.shape[1], out=jnp.zeros((lhs.shape[0], rhs.shape[3]), lhs.dtype),
+    )  # fmt: skip
+
+
+def quantized_grouped_gemm(
+    lhs: Float[Array, "rows k"],
+    lhs_scales: Float[Array, "k_blocks rows"],
+    rhs: Float[Array, "layers groups n k"],
+    rhs_scales: Float[Array, "layers groups n_blocks k_blocks"],
+    group_sizes: Int[Array, "all_groups"],
+    layer: Int[Array, ""] | int,
+    *,
+    bias: Float[Array, "layers groups n"] | None = None,
+    activation: str | None = None,
+    first_group: Int[Array, ""] | int = 0,
+) -> Float[Array, "rows out"]:
+    """`grouped_gemm` of scaled operands, in bfloat16: scales multiply blocks of rows and matrices.
+
+    Matrices are transposed, and their scales stand for squares.
+    """
+    n, k = rhs.shape[2:]
+    block = k // rhs_scales.shape[3]
+
+    def multiply(row: Array, group: Array) -> Array:
+        rows = lhs.at[row].get(mode="fill", fill_value=0).astype(jnp.float32)
+        row_scales = lhs_scales.at[:, row].get(mode="fill", fill_value=0)
+        rows *= jnp.repeat(row_scales.T, block, axis=1)
+        scales = jnp.repeat(rhs_scales[layer, group], n // rhs_scales.shape[2], axis=0)
+        weights = rhs[layer, group].astype(jnp.float32) * jnp.repeat(scales, block, axis=1)
+        return jnp.dot(rows, weights.T)
+
+    return _for_each_group(
+        multiply, group_sizes, layer, bias, activation, first_group,
+        groups=rhs.shape[1], out=jnp.zeros((lhs.shape[0], n), jnp.bfloat16),
+    )  # fmt: skip
+
+
+def _for_each_group(
+    multiply: Callable[[Array, Array], Array], group_sizes: Array, layer: Array | int,
+    bias: Array | None, activation: str | None, first_group: Array | int, *,
+    groups: int, out: Array,
+) -> Array:  # fmt: skip
+    """Fills the rows of `out` with float32 products `multiply(rows, group)`, finished."""
+    rows = out.shape[0]
     block = min(rows, ROW_BLOCK)
     ends = jnp.cumsum(group_sizes)
     sizes = lax.dynamic_slice_in_dim(group_sizes, first_group, groups)
@@ -155,19 +207,16 @@ def grouped_gemm(
         group = jnp.searchsorted(block_ends, index, side="right")
         offset = (index - (block_ends - blocks)[group]) * block + jnp.arange(block)
         row = jnp.where(offset < sizes[group], (ends - sizes)[group] + offset, rows)
-        product = jnp.dot(
-            lhs.at[row].get(mode="fill", fill_value=0),
-            rhs[layer, group],
-            preferred_element_type=jnp.float32,
-        )
+        product = multiply(row, group)
         if bias is not None:
             product += bias[layer, group].astype(jnp.float32)
         if activation is not None:
             product = ACTIVATIONS[activation](*jnp.split(product, 2, axis=1))
         return out.at[row].set(product.astype(out.dtype), mode="drop")
 
-    columns = rhs.shape[3] if activation is None else rhs.shape[3] // 2
-    return lax.fori_loop(0, block_ends[-1], one_block, jnp.zeros((rows, columns), lhs.dtype))
+    if activation is not None:
+        out = out[:, : out.shape[1] // 2]
+    return lax.fori_loop(0, block_ends[-1], one_block, out)
 
 
 def _query_blocks(

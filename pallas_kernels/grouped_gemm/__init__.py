@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from jax.extend import backend
@@ -9,18 +10,38 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
 from pallas_kernels.activation import ACTIVATIONS
-from pallas_kernels.grouped_gemm import mosaic_sm90
-from pallas_kernels.grouped_gemm.configs import config_for
+from pallas_kernels.grouped_gemm import gather_sm90, mosaic_sm90, quantize_sm90, quantized_sm90
+from pallas_kernels.grouped_gemm.configs import config_for, quantized_config_for
+from pallas_kernels.grouped_gemm.quantize import (
+    QuantizedMatrices,
+    QuantizedRows,
+    check_divides,
+    quantize_matrices,
+    quantize_rows_by_xla,
+)
 from pallas_kernels.grouped_gemm.sort import SortedRows, sort_rows
+from pallas_kernels.grouped_gemm.top_k import top_k
 
-__all__ = ["SortedRows", "grouped_gemm", "sort_rows"]
+__all__ = [
+    "QuantizedMatrices",
+    "QuantizedRows",
+    "SortedRows",
+    "gather_rows",
+    "grouped_gemm",
+    "quantize_matrices",
+    "quantize_rows",
+    "sort_rows",
+    "top_k",
+]
 
 IMPLEMENTATIONS = ("mosaic_sm90", "reference")
+MIN_COPIED_ROWS = 1024
+"""Rows from which on the copy engine beats XLA's gather."""
 
 
 def grouped_gemm(
-    lhs: Float[Array, "rows k"],
-    rhs: Float[Array, "layers groups k n"],
+    lhs: Float[Array, "rows k"] | QuantizedRows,
+    rhs: Float[Array, "layers groups k n"] | QuantizedMatrices,
     group_sizes: Int[Array, "all_groups"],
     layer: Int[Array, ""] | int,
     *,
@@ -34,7 +55,7 @@ def grouped_gemm(
     Group g owns the `group_sizes[g]` rows after those of the groups before it. `rhs` and `bias`
     hold the groups from `first_group` on: rows of groups that they lack, and rows past the last
     group, come back unspecified, and must be masked, not multiplied by 0. The sizes are read on the
-    device.
+    device. Quantised operands come in pairs, and give bfloat16.
 
     The `activation`, one of `ACTIVATIONS`, is applied to the float32 sums: the first half of the n
     columns is the gate, the second half what it gates, and n / 2 columns come out.
@@ -43,6 +64,52 @@ def grouped_gemm(
     work follows the rows too (`lax.ragged_dot` on CUDA multiplies every row with every group).
     Naming one raises NotImplementedError for what it does not cover.
     """
+    _check_arguments(lhs, rhs, activation, implementation)
+    device = backend.get_default_device()
+    options = {"bias": bias, "activation": activation, "first_group": first_group}
+    if implementation != "reference":
+        try:
+            kernel = _hopper_kernel(lhs, rhs, group_sizes, activation, device)
+        except NotImplementedError as error:
+            if implementation is not None:
+                raise
+            _log_pick("reference", str(error))
+        else:
+            _log_pick("mosaic_sm90", f"on {device.device_kind}")
+            return kernel(lhs, rhs, group_sizes, layer, **options)
+    if isinstance(lhs, QuantizedRows) and isinstance(rhs, QuantizedMatrices):
+        return reference.quantized_grouped_gemm(*lhs, *rhs, group_sizes, layer, **options)
+    assert not isinstance(lhs, QuantizedRows) and not isinstance(rhs, QuantizedMatrices)
+    return reference.grouped_gemm(lhs, rhs, group_sizes, layer, **options)
+
+
+def gather_rows(
+    x: Float[Array, "tokens embed"], index: Int[Array, "rows"]
+) -> Float[Array, "rows embed"]:
+    """x[index], for an index whose every entry is in [0, tokens)."""
+    device = backend.get_default_device()
+    try:
+        if not _is_hopper(device) or index.size < MIN_COPIED_ROWS:
+            raise NotImplementedError("XLA gathers as fast")
+        gather_sm90.check_covered(x, index)
+    except NotImplementedError:
+        return x.at[index].get(mode="promise_in_bounds")
+    return gather_sm90.gather_rows(x, index, num_sms=device.core_count)
+
+
+def quantize_rows(x: Float[Array, "rows k"]) -> QuantizedRows:
+    """Rounds rows to float8, with scales; k is a multiple of `SCALE_BLOCK`."""
+    check_divides("k", x.shape[1])
+    try:
+        if not _is_hopper(backend.get_default_device()):
+            raise NotImplementedError
+        return quantize_sm90.quantize_rows(x)
+    except NotImplementedError:
+        return quantize_rows_by_xla(x)
+
+
+def _check_arguments(lhs, rhs, activation: str | None, implementation: str | None) -> None:
+    """Raises ValueError for what no implementation takes."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation={implementation!r} does not exist; use None or one of "
@@ -52,37 +119,38 @@ def grouped_gemm(
         raise ValueError(
             f"activation={activation!r} does not exist; use None or one of {', '.join(ACTIVATIONS)}"
         )
-    if activation is not None and rhs.shape[3] % 2:
+    quantized = isinstance(rhs, QuantizedMatrices)
+    if quantized != isinstance(lhs, QuantizedRows):
+        raise ValueError(
+            "QuantizedMatrices are multiplied with QuantizedRows, which quantize_rows makes, and "
+            f"arrays with arrays; got {type(lhs).__name__} and {type(rhs).__name__}"
+        )
+    n = rhs.values.shape[2] if quantized else rhs.shape[3]
+    if activation is not None and n % 2:
         raise ValueError(
             f"activation={activation!r} needs as many columns of gate as of up, so an even number "
-            f"in all; rhs has {rhs.shape[3]}"
+            f"in all; rhs has {n}"
         )
-    device = backend.get_default_device()
-    operands = (lhs, rhs, group_sizes, layer)
-    options = {"bias": bias, "activation": activation, "first_group": first_group}
-    if implementation != "reference":
-        try:
-            if not _is_hopper(device):
-                raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
-            config = config_for(
-                rows=lhs.shape[0],
-                groups=group_sizes.shape[0],
-                k=rhs.shape[2],
-                n=rhs.shape[3],
-                num_sms=device.core_count,
-                gated=activation is not None,
-            )
-            mosaic_sm90.check_covered(lhs, rhs, config, activation)
-        except NotImplementedError as error:
-            if implementation is not None:
-                raise
-            _log_pick("reference", str(error))
-        else:
-            _log_pick("mosaic_sm90", f"on {device.device_kind}")
-            return mosaic_sm90.grouped_gemm(
-                *operands, **options, config=config, num_sms=device.core_count
-            )
-    return reference.grouped_gemm(*operands, **options)
+
+
+def _hopper_kernel(lhs, rhs, group_sizes, activation: str | None, device: Any) -> Callable:
+    """The kernel for these operands; raises NotImplementedError if there is none."""
+    if not _is_hopper(device):
+        raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
+    quantized = isinstance(rhs, QuantizedMatrices)
+    rows = lhs.values.shape[0] if quantized else lhs.shape[0]
+    n, k = rhs.values.shape[2:] if quantized else rhs.shape[:1:-1]
+    choose = quantized_config_for if quantized else config_for
+    config = choose(
+        rows=rows, groups=group_sizes.shape[0], k=k, n=n,
+        num_sms=device.core_count, gated=activation is not None,
+    )  # fmt: skip
+    if quantized:
+        quantized_sm90.check_covered(rhs, config, activation)
+    else:
+        mosaic_sm90.check_covered(lhs, rhs, config, activation)
+    kernel = quantized_sm90 if quantized else mosaic_sm90
+    return functools.partial(kernel.grouped_gemm, config=config, num_sms=device.core_count)
 
 
 def _is_hopper(device: Any) -> bool:

@@ -32,6 +32,27 @@ NAMED = {
 """What the tuner tries."""
 
 
+QUANTIZED_WIDE = TileConfig(row_tiles=(8, 16, 32), width=128, stages=5, store_rows=32)
+"""256 columns by up to 32 rows."""
+QUANTIZED_PAIR = TileConfig(row_tiles=(8, 16, 32), warpgroups=1, width=128, stages=10, store_rows=8)
+"""128 columns by up to 32 rows, where 256 would leave multiprocessors without work."""
+QUANTIZED_BROAD = TileConfig(row_tiles=(8, 16, 32, 48, 64), width=128, stages=4, store_rows=32)
+"""256 columns by up to 64 rows."""
+QUANTIZED_MEDIUM = TileConfig(row_tiles=(16, 64, 96, 128, 136, 160), stages=5, store_rows=32)
+"""128 columns by up to 160 rows."""
+QUANTIZED_UPRIGHT = TileConfig(row_tiles=(128,), width=192, stages=4, upright=True)
+"""128 rows by 192 columns: less to read from shared memory for a product, more rows wasted."""
+QUANTIZED_UPRIGHT_PAIR = TileConfig(row_tiles=(128,), width=128, stages=5, upright=True)
+"""128 rows by 64 columns of a gate and the 64 that they gate."""
+
+QUANTIZED = {
+    "wide": QUANTIZED_WIDE, "pair": QUANTIZED_PAIR, "broad": QUANTIZED_BROAD,
+    "medium": QUANTIZED_MEDIUM, "upright": QUANTIZED_UPRIGHT,
+    "upright pair": QUANTIZED_UPRIGHT_PAIR,
+}  # fmt: skip
+"""The same for float8; a step is 128 elements deep, one block of scales."""
+
+
 def config_for(
     *, rows: int, groups: int, k: int, n: int, num_sms: int, gated: bool = False
 ) -> TileConfig:
@@ -41,7 +62,8 @@ def config_for(
     """
     mean = rows / groups
     if mean <= 24:
-        return _memory_bound(rows=rows, groups=groups, n=n, num_sms=num_sms, gated=gated)
+        candidates = (WIDE, PAIR) if gated else (WIDE, PAIR, NARROW)
+        return _memory_bound(candidates, rows=rows, groups=groups, n=n, num_sms=num_sms)
     if gated:
         return SQUARE if n % SQUARE.columns == 0 else TALL_PAIR
     # Storing a tile is a large part of a short product, and a small tile stores sooner.
@@ -49,16 +71,33 @@ def config_for(
     return config if n % config.columns == 0 else TALL_NARROW
 
 
-def _memory_bound(*, rows: int, groups: int, n: int, num_sms: int, gated: bool) -> TileConfig:
+def quantized_config_for(
+    *, rows: int, groups: int, k: int, n: int, num_sms: int, gated: bool = False
+) -> TileConfig:
+    """The same for float8 operands; the depth k does not matter."""
+    del k
+    mean = rows / groups
+    if mean <= 24:
+        candidates = (QUANTIZED_WIDE, QUANTIZED_PAIR)
+        return _memory_bound(candidates, rows=rows, groups=groups, n=n, num_sms=num_sms)
+    if mean <= 80 and n % QUANTIZED_BROAD.columns == 0:
+        return QUANTIZED_BROAD
+    if gated:
+        return QUANTIZED_UPRIGHT_PAIR
+    return QUANTIZED_MEDIUM if mean <= 384 else QUANTIZED_UPRIGHT
+
+
+def _memory_bound(
+    candidates: tuple[TileConfig, ...], *, rows: int, groups: int, n: int, num_sms: int
+) -> TileConfig:
     """The widest tile that divides n and leaves about as few multiprocessors idle as any."""
-    candidates = [c for c in (WIDE, PAIR) if n % c.columns == 0]
-    if not gated:
-        candidates.append(NARROW)
+    *_, narrowest = candidates
+    candidates = tuple(c for c in candidates if n % c.columns == 0)
     used_groups = groups * (1 - (1 - 1 / groups) ** rows)
     shares = [_busy_share(used_groups * n / c.columns, num_sms) for c in candidates]
     enough = 0.9 * max(shares, default=0)
     busy = (c for c, share in zip(candidates, shares, strict=True) if share > enough)
-    return next(busy, PAIR)
+    return next(busy, narrowest)
 
 
 def _busy_share(tiles: float, num_sms: int) -> float:

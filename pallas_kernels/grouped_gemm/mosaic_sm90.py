@@ -14,15 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.activation import ACTIVATIONS
+from pallas_kernels.grouped_gemm.store import activate, add_bias, store_memory, store_tile, tiled
 from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig, for_each_tile
 
 LOAD_REGISTERS = 40
 """Registers that a loading thread keeps."""
-EDGE_LAYOUT = plgpu.Layout.TILED(
-    plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-)
-"""How a warpgroup holds eight rows of 64: each warp two rows, each lane four neighbours."""
 
 
 def grouped_gemm(
@@ -45,7 +41,7 @@ def grouped_gemm(
     parts = 1 if activation is None else 2
     check_covered(lhs, rhs, config, activation)
     layers, groups, k, n = rhs.shape
-    rows, width = lhs.shape[0], config.width // parts
+    rows = lhs.shape[0]
     padding = -rows % BLOCK
     lhs = jnp.pad(lhs, ((0, padding), (0, 0))) if padding else lhs
     kernel = plgpu.kernel(
@@ -56,12 +52,11 @@ def grouped_gemm(
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=dict(
-            lhs_smem=_tiled((config.stages, config.max_rows, config.block_k), lhs.dtype),
-            rhs_smem=_tiled(
+            lhs_smem=tiled((config.stages, config.max_rows, config.block_k), lhs.dtype),
+            rhs_smem=tiled(
                 (config.stages, parts, config.block_k, config.columns // parts), rhs.dtype
             ),
-            out_smem=_tiled((config.warpgroups, 2, config.store_rows * parts, width), lhs.dtype),
-            edge_smem=plgpu.SMEM((config.warpgroups, BLOCK, 64), lhs.dtype),
+            **store_memory(config, parts, lhs.dtype),
             filled=plgpu.Barrier(num_arrivals=1 + parts, num_barriers=config.stages),
             released=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
         ),
@@ -117,25 +112,21 @@ def _kernel(
                 _load_tile, lhs_ref, rhs_ref, lhs_smem, rhs_smem, filled, released, k_steps, config
             )
         )
-        pending = lax.min(steps, jnp.int32(config.stages))
-
-        def drain(index, _):
-            plgpu.barrier_wait(released.at[lax.rem(steps - pending + index, config.stages)])
-
-        lax.fori_loop(0, pending, drain, None)
+        drain(steps, released)
 
     @pl.when(warpgroup < config.warpgroups)
     def multiply():
-        plgpu.set_max_registers(_multiply_registers(config.warpgroups), action="increase")
+        plgpu.set_max_registers(multiply_registers(config.warpgroups), action="increase")
 
         def one_tile(rows, tile, step):
             sums, step = _multiply_tile(
                 lhs_smem, rhs_smem, filled, released, k_steps, config, rows, step
             )
-            result = _finish(sums, bias_ref, activation, tile, rhs_ref.shape[2]).astype(
-                out_ref.dtype
-            )
-            _store_tile(result, out_smem, edge_smem, out_ref, tile)
+            part_width = config.width // parts
+            column = tile.column + warpgroup * part_width
+            columns = [column + part * (rhs_ref.shape[2] // parts) for part in range(parts)]
+            results = activate(add_bias(sums, columns, bias_ref, tile, axis=0), activation)
+            store_tile(results, out_smem, edge_smem, out_ref, tile)
             return step
 
         walk(one_tile)
@@ -208,96 +199,19 @@ def _multiply_tile(
     return pl.run_scoped(accumulate, *[accumulator] * parts)
 
 
-def _finish(sums: list[Array], bias_ref: list, activation: str | None, tile: Tile, n: int) -> Array:
-    """Adds the bias, if there is one, and applies the activation, if there is one."""
-    width = sums[0].shape[0]
-    column = pl.multiple_of(tile.column + lax.axis_index("warpgroup") * width, 64)
-    for ref in bias_ref:
-        for part, values in enumerate(sums):
-            columns = pl.ds(part * (n // len(sums)) + column, width)
-            bias = plgpu.load(
-                ref.at[tile.weights, columns], layout=plgpu.Layout.WGMMA.reduce(1), optimized=False
-            ).astype(jnp.float32)
-            values = plgpu.layout_cast(values, plgpu.Layout.WGMMA)
-            sums[part] = values + lax.broadcast_in_dim(bias, values.shape, (0,))
-    return sums[0] if activation is None else ACTIVATIONS[activation](*sums)
+def drain(steps: Array, released) -> None:
+    """Waits until the last stages that were filled are read."""
+    stages = released.shape[0]
+    pending = lax.min(steps, jnp.int32(stages))
+
+    def wait(index, _):
+        plgpu.barrier_wait(released.at[lax.rem(steps - pending + index, stages)])
+
+    lax.fori_loop(0, pending, wait, None)
 
 
-def _store_tile(result: Array, out_smem, edge_smem, out_ref, tile: Tile) -> None:
-    """Stores this warpgroup's columns, some rows at a time through shared memory."""
-    warpgroup = lax.axis_index("warpgroup")
-    rows, store_rows = result.shape[1], out_smem.shape[2]
-    result = plgpu.layout_cast(result, plgpu.Layout.WGMMA)
-    for index, begin in enumerate(range(0, rows, store_rows)):
-        count = min(store_rows, rows - begin)
-        staged = out_smem.at[warpgroup, index % 2, pl.ds(0, count)]
-        # Two halves alternate within a tile; a tile begins with both free.
-        plgpu.wait_smem_to_gmem(min(index, 1), wait_read_only=True)
-        staged.transpose((1, 0))[...] = result[:, begin : begin + count]
-        plgpu.commit_smem()
-        _store_rows(staged, edge_smem.at[warpgroup], out_ref, tile, tile.row + begin)
-        plgpu.commit_smem_to_gmem_group()
-
-
-def _store_rows(staged, edge, out_ref, tile: Tile, row: Array) -> None:
-    """Copies staged rows out to `row` on, leaving alone those of neighbouring groups."""
-    count, width = staged.shape
-    column = pl.multiple_of(tile.column + lax.axis_index("warpgroup") * width, 64)
-    columns = pl.ds(column, width)
-    row = pl.multiple_of(row, BLOCK)
-    whole = (tile.begin <= row) & (row + count <= tile.end)
-
-    @pl.when(whole)
-    def _():
-        target = out_ref.at[pl.ds(row, count), columns]
-        plgpu.copy_smem_to_gmem(staged, target, commit_group=False)
-
-    def one_block(block, _):
-        block_row = pl.multiple_of(row + block * BLOCK, BLOCK)
-        block_rows = staged.at[pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)]
-        begin = lax.max(tile.begin, block_row)
-        end = lax.min(tile.end, block_row + BLOCK)
-
-        @pl.when(end - begin == BLOCK)
-        def _():
-            target = out_ref.at[pl.ds(block_row, BLOCK), columns]
-            plgpu.copy_smem_to_gmem(block_rows, target, commit_group=False)
-
-        @pl.when(end - begin < BLOCK)
-        def _():
-            # The swizzle ties eight rows together; single rows leave from an unswizzled copy.
-            for part in range(0, width, 64):
-                plgpu.commit_smem_to_gmem_group()
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                source = block_rows.at[:, pl.ds(part, 64)]
-                edge[...] = plgpu.load(source, layout=EDGE_LAYOUT, optimized=False)
-                plgpu.commit_smem()
-
-                def one_row(index, _, part=part):
-                    target = out_ref.at[pl.ds(index, 1), pl.ds(column + part, 64)]
-                    source = edge.at[pl.ds(index - block_row, 1)]
-                    plgpu.copy_smem_to_gmem(source, target, commit_group=False)
-
-                lax.fori_loop(begin, end, one_row, None)
-
-    @pl.when(jnp.logical_not(whole))
-    def _():
-        first = lax.div(lax.max(tile.begin - row, 0), BLOCK)
-        last = lax.div(lax.clamp(0, tile.end - row, count) + BLOCK - 1, BLOCK)
-        lax.fori_loop(first, last, one_block, None)
-
-
-def _multiply_registers(warpgroups: int) -> int:
+def multiply_registers(warpgroups: int) -> int:
     """Registers a multiplying thread may hold once the loading threads gave theirs back."""
     # A block gets what its threads were launched with, 8 at a time, out of 65536.
     at_launch = (warpgroups + 1) * min(248, 512 // (warpgroups + 1) // 8 * 8)
     return min(240, (at_launch - LOAD_REGISTERS) // warpgroups // 8 * 8)
-
-
-def _tiled(shape: tuple[int, ...], dtype: jnp.dtype):
-    """Shared memory in the swizzled tiles that wgmma reads and TMA fills without bank conflicts."""
-    transforms = (
-        plgpu.TilingTransform((BLOCK, 64)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-    )
-    return plgpu.SMEM(shape, dtype, transforms=transforms)

@@ -11,6 +11,9 @@ from jaxtyping import Array
 BLOCK = 8
 """Rows of one swizzle tile: row tiles begin at a multiple of it and are stored by it."""
 
+GROUPS_AT_ONCE = 8
+"""Groups whose tiles are counted together."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TileConfig:
@@ -29,6 +32,8 @@ class TileConfig:
     """Steps in flight."""
     store_rows: int = 64
     """Rows that a warpgroup stages in shared memory at a time on their way out."""
+    upright: bool = False
+    """Whether warpgroups share out rows, 64 each, and all multiply the same `width` columns."""
 
     @property
     def max_rows(self) -> int:
@@ -36,7 +41,7 @@ class TileConfig:
 
     @property
     def columns(self) -> int:
-        return self.width * self.warpgroups
+        return self.width if self.upright else self.width * self.warpgroups
 
 
 @dataclass(frozen=True)
@@ -66,28 +71,30 @@ def for_each_tile(
     sizes stay in the first-level cache, and loading runs ahead of the products by some steps.
     """
     workers = lax.axis_size("worker")
-    column_tiles = columns // tile_columns
+    column_tiles = -(-columns // tile_columns)
     blocks_per_tile = config.max_rows // BLOCK
     first, last = first_ref[0], sizes_ref.shape[0] - 1
-    start = lax.fori_loop(0, first, lambda g, total: total + sizes_ref[g], jnp.int32(0))
+
+    def blocks_and_tiles(start, size):
+        blocks = lax.div(start + size + BLOCK - 1, BLOCK) - lax.div(start, BLOCK)
+        blocks = jnp.where(size > 0, blocks, 0)
+        return blocks, lax.div(blocks + blocks_per_tile - 1, blocks_per_tile)
 
     def one_group(group, carry):
-        tile, tiles_before, start, size, step = carry
-        # Read ahead: most groups hold no tile of this worker, and are passed in a few cycles.
-        next_size = sizes_ref[lax.min(first + group + 1, last)]
-        end = start + size
-        first_block = lax.div(start, BLOCK)
-        blocks = jnp.where(size > 0, lax.div(end + BLOCK - 1, BLOCK) - first_block, 0)
-        row_tiles = lax.div(blocks + blocks_per_tile - 1, blocks_per_tile)
+        tile, tiles_before, start, step = carry
+        end = start + sizes_ref[first + group]
+        blocks, row_tiles = blocks_and_tiles(start, end - start)
         tiles_after = tiles_before + row_tiles * column_tiles
 
         def one_tile(carry):
             tile, step = carry
-            # A group is cut evenly: two tiles of 136 rows beat one of 256 and one of 16.
-            per_tile = lax.div(blocks + row_tiles - 1, row_tiles)
+            per_tile = blocks_per_tile
+            if not config.upright:
+                # A group is cut evenly: two tiles of 136 rows beat one of 256 and one of 16.
+                per_tile = lax.div(blocks + row_tiles - 1, row_tiles)
             column_tile = lax.div(tile - tiles_before, row_tiles)
             row_tile = tile - tiles_before - column_tile * row_tiles
-            row = (first_block + row_tile * per_tile) * BLOCK
+            row = (lax.div(start, BLOCK) + row_tile * per_tile) * BLOCK
             work = Tile(
                 weights=layer_ref[0] * groups + group,
                 row=row,
@@ -101,7 +108,25 @@ def for_each_tile(
             return tile + workers, lax.switch(size_class, branches, step)
 
         tile, step = lax.while_loop(lambda c: c[0] < tiles_after, one_tile, (tile, step))
-        return tile, tiles_after, end, next_size, step
+        return tile, tiles_after, end, step
 
-    carry = (lax.axis_index("worker"), jnp.int32(0), start, sizes_ref[first], jnp.int32(0))
-    return lax.fori_loop(0, groups, one_group, carry)[-1]
+    def some_groups(index, carry):
+        # Counted without a branch between them: with few rows most groups are passed over, and a
+        # branch for each would take as long as the products.
+        tile, tiles_before, start, step = carry
+        begin = index * GROUPS_AT_ONCE
+        tiles_after, end = tiles_before, start
+        for group in range(GROUPS_AT_ONCE):
+            size = sizes_ref[lax.min(first + begin + group, last)]
+            size = jnp.where(begin + group < groups, size, 0)
+            tiles_after += blocks_and_tiles(end, size)[1] * column_tiles
+            end += size
+        walked = jnp.where(tile < tiles_after, lax.min(begin + GROUPS_AT_ONCE, groups), begin)
+        tile, _, _, step = lax.fori_loop(
+            begin, walked, one_group, (tile, tiles_before, start, step)
+        )
+        return tile, tiles_after, end, step
+
+    start = lax.fori_loop(0, first, lambda g, total: total + sizes_ref[g], jnp.int32(0))
+    carry = (lax.axis_index("worker"), jnp.int32(0), start, jnp.int32(0))
+    return lax.fori_loop(0, -(-groups // GROUPS_AT_ONCE), some_groups, carry)[-1]

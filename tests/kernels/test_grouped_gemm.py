@@ -28,6 +28,7 @@ SIZES = {
     "nothing but empty groups": [0, 0, 0],
     "one group over several tiles": [0, 61, 0],
     "aligned groups": [8, 16, 8],
+    "more groups than are counted at once": [0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 20],
 }
 
 
