@@ -103,11 +103,11 @@ def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
 
 def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list[dict]:
     """A row for every program on every distribution, while time is left; adds the float8 rate."""
-    limits["float8_tflops"] = _float8_tflops()
+    limits["float8_tflops"] = float8_tflops()
     return grouped_gemm.measure(compiled, limits, seconds=seconds, shapes=SHAPES)
 
 
-def _float8_tflops() -> float:
+def float8_tflops() -> float:
     """XLA's rate for a float8 product whose operands both have k as their last axis."""
     keys = jax.random.split(jax.random.key(0), 2)
     a, b = (jax.random.normal(key, (8192, 8192)).astype(jnp.float8_e4m3fn) for key in keys)

@@ -1,13 +1,14 @@
-"""A whole expert layer after its router: sort, gate and up, activation, down, combine.
+"""A whole expert layer: sort, gather, gate and up, activation, down, combine; router or not.
 
-`CHAIN` layers run one after the other in one program, each with its own routing and a residual, as
-in a model; times are those of one layer. `us` is the wall clock, launches and gaps included,
-`kernel_us` the sum of its kernels. The floor is that of the two products alone.
+Layers run one after the other in one program, each with its own routing and a residual, as in a
+model; times are those of one layer. `us` is the wall clock, launches and gaps included, `kernel_us`
+the sum of its kernels. The floor is that of the two products alone. Errors are those against
+float32, so those of float8 hold what rounding weights and rows costs.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,14 @@ import numpy as np
 
 from benchmarks import timing
 from benchmarks.grouped_gemm import Shape, compile_all
+from benchmarks.grouped_gemm_float8 import QuantizedShape, float8_tflops
+from benchmarks.grouped_gemm_layer_programs import CHAIN, VARIANTS, Variant, chain_layers, route
+from pallas_kernels import quantize_matrices
 from pallas_kernels.activation import ACTIVATIONS
-from pallas_kernels.grouped_gemm import mosaic_sm90
-from pallas_kernels.grouped_gemm.configs import config_for
-from pallas_kernels.grouped_gemm.sort import sort_rows
+from pallas_kernels.grouped_gemm import MIN_COPIED_ROWS
 
 __all__ = ["SHAPES", "compile_all", "lower", "measure"]
 
-CHAIN = 8
 CHECKED = 8
 """Tokens whose results are compared with float32."""
 
@@ -37,6 +38,7 @@ class Layer:
     model: str
     experts: int
     top_k: int
+    """Experts that a token visits; 1 on one rank of many, where each row has its expert."""
     embed: int
     ffn: int
     tokens: int
@@ -45,10 +47,10 @@ class Layer:
     def name(self) -> str:
         return f"{self.model}, {self.tokens} tokens"
 
-    def products(self) -> tuple[Shape, Shape]:
+    def products(self, variant: Variant) -> tuple[Shape, Shape]:
         """The two products of the layer."""
         common = partial(
-            Shape,
+            QuantizedShape if variant.float8 else Shape,
             name=self.name,
             groups=self.experts,
             rows=self.tokens * self.top_k,
@@ -56,96 +58,69 @@ class Layer:
         )
         return common(k=self.embed, n=2 * self.ffn), common(k=self.ffn, n=self.embed)
 
+    def variants(self) -> Iterator[Variant]:
+        """Those that differ for this layer."""
+        for variant in VARIANTS:
+            routed = variant.choose is None or self.top_k > 1
+            if routed and (variant.copied or self.tokens * self.top_k >= MIN_COPIED_ROWS):
+                yield variant
+
     def choose_experts(self, seed: int) -> np.ndarray:
         """Uniform routing: [CHAIN, tokens, top_k], without repeats in a token."""
         noise = np.random.default_rng(seed).random((CHAIN, self.tokens, self.experts))
         return np.argpartition(noise, self.top_k - 1)[..., : self.top_k].astype(np.int32)
 
-    def floor_us(self, experts: np.ndarray, limits: dict[str, float]) -> float:
+    def floor_us(self, variant: Variant, experts: np.ndarray, limits: dict[str, float]) -> float:
         """Mean over the chain of max(FLOP / rate, bytes / copy rate), product by product."""
         floors = []
         for chosen in experts:
             sizes = np.bincount(chosen.ravel(), minlength=self.experts)
-            for product in self.products():
-                floors.append(product.floor_us(sizes, limits))
+            floors += [product.floor_us(sizes, limits) for product in self.products(variant)]
         return sum(floors) / len(experts)
 
-    def arguments(self) -> list[jax.ShapeDtypeStruct]:
-        up, down = self.products()
-        return [
-            jax.ShapeDtypeStruct((self.tokens, self.embed), jnp.bfloat16),
+    def arguments(self, variant: Variant) -> list[jax.ShapeDtypeStruct]:
+        routing = [
             jax.ShapeDtypeStruct((CHAIN, self.tokens, self.top_k), jnp.int32),
             jax.ShapeDtypeStruct((CHAIN, self.tokens, self.top_k), jnp.float32),
-            jax.ShapeDtypeStruct((1, self.experts, up.k, up.n), jnp.bfloat16),
-            jax.ShapeDtypeStruct((1, self.experts, down.k, down.n), jnp.bfloat16),
         ]
+        if variant.choose is not None:
+            routing[0] = jax.ShapeDtypeStruct((CHAIN, self.embed, self.experts), jnp.bfloat16)
+        x = jax.ShapeDtypeStruct((self.tokens, self.embed), jnp.bfloat16)
+        weights = [product.arguments()[1:-1] for product in self.products(VARIANTS[0])]
+        if variant.float8:
+            weights = [product.arguments()[2:-1] for product in self.products(variant)]
+        return [x, *routing, *weights[0], *weights[1]]
 
 
 QWEN = {"model": "Qwen3-30B-A3B", "experts": 128, "top_k": 8, "embed": 2048, "ffn": 768}
 MIXTRAL = {"model": "Mixtral", "experts": 8, "top_k": 2, "embed": 4096, "ffn": 14336}
-SHAPES = tuple(
-    Layer(**model, tokens=tokens)
-    for model in (QWEN, MIXTRAL)
-    for tokens in (1, 16, 64, 256, 2048, 8192)
+DEEPSEEK = {
+    "model": "DeepSeek-V3 rank of 32", "experts": 8, "top_k": 1, "embed": 7168, "ffn": 2048,
+}  # fmt: skip
+SHAPES = (
+    *(
+        Layer(**model, tokens=tokens)
+        for model in (QWEN, MIXTRAL)
+        for tokens in (1, 16, 64, 256, 2048, 8192)
+    ),
+    *(Layer(**DEEPSEEK, tokens=8 * rows) for rows in (4, 32, 256, 1024)),
 )
-
-
-def expert_layer(x, experts, gates, gate_up, down, *, fused: bool, num_sms: int) -> jax.Array:
-    """The gated sum over each token's experts."""
-    order = sort_rows(experts.reshape(-1), gate_up.shape[1])
-    multiply = partial(_multiply, sizes=order.sizes, num_sms=num_sms)
-    rows = x[order.row // experts.shape[1]]
-    if fused:
-        hidden = multiply(rows, gate_up, activation="silu")
-    else:
-        hidden = multiply(rows, gate_up).astype(jnp.float32)
-        hidden = ACTIVATIONS["silu"](*jnp.split(hidden, 2, axis=1)).astype(x.dtype)
-    results = multiply(hidden, down)
-    place = order.place.reshape(experts.shape)
-    # One choice after the other: XLA then reads the rows as it adds them up.
-    sums = jnp.zeros(x.shape, jnp.float32)
-    for choice in range(experts.shape[1]):
-        sums += results[place[:, choice]] * gates[:, choice, None]
-    return sums.astype(x.dtype)
-
-
-def _multiply(lhs, rhs, sizes, num_sms: int, activation: str | None = None) -> jax.Array:
-    groups, k, n = rhs.shape[1:]
-    gated = activation is not None
-    config = config_for(rows=lhs.shape[0], groups=groups, k=k, n=n, num_sms=num_sms, gated=gated)
-    return mosaic_sm90.grouped_gemm(
-        lhs, rhs, sizes, 0, activation=activation, config=config, num_sms=num_sms
-    )
-
-
-def programs(layer: Layer, num_sms: int) -> Iterator[tuple[str, Callable]]:
-    """Name and program of each way to run the layer; `llmjax` is what ships."""
-    for name, fused in (("llmjax", True), ("llmjax, activation apart", False)):
-        # Compiled once: the layers of the chain call the same function.
-        one_layer = jax.jit(partial(expert_layer, fused=fused, num_sms=num_sms))
-
-        def chain(x, experts, gates, gate_up, down, one_layer=one_layer):
-            first = x
-            for index in range(CHAIN):
-                x = x + one_layer(x, experts[index], gates[index], gate_up, down)
-                first = x if index == 0 else first
-            return first, x
-
-        yield name, chain
 
 
 def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
     """Writes every program of the benchmark into a folder; there is nothing to tune."""
     for index, layer in enumerate(SHAPES):
-        for name, program in programs(layer, num_sms):
-            path = folder / f"{index:02d}~{name}.bin"
+        for variant in layer.variants():
+            path = folder / f"{index:02d}~{variant.name}.bin"
             if not path.exists():
-                path.write_bytes(timing.lower_program(program, layer.arguments()))
+                program = partial(chain_layers, variant=variant, num_sms=num_sms)
+                path.write_bytes(timing.lower_program(program, layer.arguments(variant)))
 
 
 def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list[dict]:
     """A row for every program, while time is left."""
     deadline = time.monotonic() + seconds
+    limits["float8_tflops"] = float8_tflops()
     rows = []
     for index, layer in enumerate(SHAPES):
         mine = {name: program for (i, name), program in compiled.items() if i == index}
@@ -156,31 +131,31 @@ def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list
 
 def _measure_layer(layer: Layer, compiled: dict, limits: dict[str, float]) -> list[dict]:
     seed = time.time_ns() % 2**31
-    keys = jax.random.split(jax.random.key(seed), 4)
-    x, _, _, gate_up, down = layer.arguments()
     experts = layer.choose_experts(seed)
-    gates = jax.nn.softmax(jax.random.normal(keys[0], experts.shape))
-    arguments = (
-        jax.random.normal(keys[1], x.shape, x.dtype),
-        jnp.asarray(experts),
-        gates,
-        jax.random.normal(keys[2], gate_up.shape, x.dtype) * jnp.bfloat16(layer.embed**-0.5),
-        jax.random.normal(keys[3], down.shape, x.dtype) * jnp.bfloat16(layer.ffn**-0.5),
-    )
-    want = _exact_tokens(*arguments)
-    floor = layer.floor_us(experts, limits)
+    x, routers, gates, weights = _random_arrays(layer, seed)
     rows = []
-    for name, program in compiled.items():
-        row: dict = {"shape": layer.name, "distribution": "uniform", "contender": name}
+    for variant in layer.variants():
+        program = compiled.get(variant.name)
+        if program is None:
+            continue
+        row: dict = {"shape": layer.name, "distribution": "uniform", "contender": variant.name}
         try:
             if isinstance(program, Exception):
                 raise program
+            chosen = (jnp.asarray(experts), gates)
+            routing = chosen if variant.choose is None else (routers, gates)
+            if variant.choose is not None:
+                chosen = [each[None] for each in route(x, routers[0], layer.top_k, VARIANTS[-1])]
+            arrays = [w for m in weights for w in (quantize_matrices(m) if variant.float8 else [m])]
+            arguments = (x, *routing, *arrays)
+            want = _exact_tokens(x, *chosen, *weights)
             first, last = program(*arguments)
             difference = first[: len(want)].astype(jnp.float32) - want
             error = jnp.linalg.norm(difference) / jnp.linalg.norm(want)
             row["error"] = float(jnp.where(jnp.isfinite(last).all(), error, jnp.nan))
             us = _wall_microseconds(program, arguments)
-            row |= {"us": round(us, 1), **_rates(layer, experts, us)}
+            row |= {"us": round(us, 1), **_rates(layer, variant, experts, us)}
+            floor = layer.floor_us(variant, experts, limits)
             kernels = timing.kernel_microseconds(program, *arguments, repeats=5) / CHAIN
             row |= {"roofline_pct": round(100 * floor / us, 1), "kernel_us": round(kernels, 1)}
         except Exception as error:
@@ -190,9 +165,23 @@ def _measure_layer(layer: Layer, compiled: dict, limits: dict[str, float]) -> li
     return rows
 
 
-def _rates(layer: Layer, experts: np.ndarray, us: float) -> dict[str, float]:
+def _random_arrays(layer: Layer, seed: int) -> tuple[jax.Array, jax.Array, jax.Array, list]:
+    """Tokens, a router for each layer, gates, and the two stacks of matrices."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    x = jax.random.normal(keys[0], (layer.tokens, layer.embed), jnp.bfloat16)
+    routers = jax.random.normal(keys[1], (CHAIN, layer.embed, layer.experts), jnp.bfloat16)
+    gates = jax.random.normal(keys[2], (CHAIN, layer.tokens, layer.top_k))
+    weights = [
+        jax.random.normal(key, (1, layer.experts, product.k, product.n), jnp.bfloat16)
+        * jnp.bfloat16(product.k**-0.5)
+        for key, product in zip(keys[3:], layer.products(VARIANTS[0]), strict=True)
+    ]
+    return x, routers * jnp.bfloat16(layer.embed**-0.5), jax.nn.softmax(gates), weights
+
+
+def _rates(layer: Layer, variant: Variant, experts: np.ndarray, us: float) -> dict[str, float]:
     sizes = [np.bincount(chosen.ravel(), minlength=layer.experts) for chosen in experts]
-    products = layer.products()
+    products = layer.products(variant)
     moved = sum(product.bytes(each) for product in products for each in sizes) / len(sizes)
     flops = sum(product.flops() for product in products)
     return {"gbps": round(moved / us / 1e3), "tflops": round(flops / us / 1e6, 1)}

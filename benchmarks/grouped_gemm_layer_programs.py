@@ -1,0 +1,136 @@
+"""The expert layers that `grouped_gemm_layer` measures, as functions of arrays."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import QuantizedMatrices, QuantizedRows, top_k
+from pallas_kernels.activation import ACTIVATIONS
+from pallas_kernels.grouped_gemm import (
+    MIN_COPIED_ROWS,
+    gather_sm90,
+    mosaic_sm90,
+    quantize_sm90,
+    quantized_sm90,
+)
+from pallas_kernels.grouped_gemm.configs import config_for, quantized_config_for
+from pallas_kernels.grouped_gemm.quantize import quantize_rows_by_xla
+from pallas_kernels.grouped_gemm.sort import sort_rows
+
+CHAIN = 8
+"""Layers in a program."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to run the layer."""
+
+    name: str
+    fused: bool = True
+    """Whether the activation is part of the first product."""
+    copied: bool = True
+    """Whether many rows are gathered by the copy engine, not by XLA."""
+    float8: bool = False
+    choose: Callable | None = None
+    """The router's `top_k`; None where experts are given."""
+
+
+VARIANTS = (
+    Variant(name="llmjax"),
+    Variant(name="llmjax, activation apart", fused=False),
+    Variant(name="llmjax, gather by XLA", copied=False),
+    Variant(name="llmjax, float8", float8=True),
+    Variant(name="llmjax, with router", choose=top_k),
+    Variant(name="llmjax, with router, top_k by XLA", choose=lax.top_k),
+)
+
+
+def chain_layers(x, *arrays, variant: Variant, num_sms: int) -> tuple[jax.Array, jax.Array]:
+    """Runs `CHAIN` layers with residuals; returns what the first and the last of them give.
+
+    `arrays` are experts and gates [CHAIN, tokens, top_k], or for a router its matrices and an array
+    whose last axis is top_k; then the weights, each with its scales for float8.
+    """
+    first_routing, second_routing, *weights = arrays
+    if variant.float8:
+        weights = [QuantizedMatrices(*weights[:2]), QuantizedMatrices(*weights[2:])]
+
+    @jax.jit  # Compiled once: the layers of the chain call the same function.
+    def one_layer(x, a, b):
+        experts, gates = (a, b) if variant.choose is None else route(x, a, b.shape[-1], variant)
+        return x + expert_layer(x, experts, gates, *weights, variant=variant, num_sms=num_sms)
+
+    outputs = []
+    for index in range(CHAIN):
+        x = one_layer(x, first_routing[index], second_routing[index])
+        outputs.append(x)
+    return outputs[0], outputs[-1]
+
+
+def route(x, router, count: int, variant: Variant) -> tuple[jax.Array, jax.Array]:
+    """Experts of each token and their gates, as Mixtral and Qwen3 have them."""
+    assert variant.choose is not None
+    logits = jnp.dot(x, router, preferred_element_type=jnp.float32)
+    gates, experts = variant.choose(jax.nn.softmax(logits), count)
+    return experts, gates / gates.sum(-1, keepdims=True)
+
+
+def expert_layer(x, experts, gates, gate_up, down, *, variant: Variant, num_sms: int) -> jax.Array:
+    """The gated sum over each token's experts."""
+    groups = (gate_up.values if variant.float8 else gate_up).shape[1]
+    order = sort_rows(experts.reshape(-1), groups)
+    multiply = partial(_multiply, sizes=order.sizes, num_sms=num_sms)
+    rows = _gather(x, order.row // experts.shape[1], variant, num_sms)
+    if variant.fused:
+        hidden = multiply(rows, gate_up, activation="silu")
+    else:
+        hidden = multiply(rows, gate_up).astype(jnp.float32)
+        hidden = ACTIVATIONS["silu"](*jnp.split(hidden, 2, axis=1)).astype(x.dtype)
+    results = multiply(_quantize(hidden) if variant.float8 else hidden, down)
+    place = order.place.reshape(experts.shape)
+    # One choice after the other: XLA then reads the rows as it adds them up.
+    sums = jnp.zeros(x.shape, jnp.float32)
+    for choice in range(experts.shape[1]):
+        sums += results[place[:, choice]] * gates[:, choice, None]
+    return sums.astype(x.dtype)
+
+
+def _gather(x, token, variant: Variant, num_sms: int) -> jax.Array | QuantizedRows:
+    def gather(x):
+        if variant.copied and token.size >= MIN_COPIED_ROWS:
+            return gather_sm90.gather_rows(x, token, num_sms=num_sms)
+        return x.at[token].get(mode="promise_in_bounds")
+
+    if not variant.float8:
+        return gather(x)
+    if x.shape[0] % quantize_sm90.BLOCK_ROWS:
+        return _quantize(gather(x))
+    values, scales = _quantize(x)
+    # The copy engine's kernel knows elements of two bytes.
+    pairs = lax.bitcast_convert_type(values.reshape(x.shape[0], -1, 2), jnp.uint16)
+    values = lax.bitcast_convert_type(gather(pairs), values.dtype).reshape(token.size, -1)
+    return QuantizedRows(values, scales.at[:, token].get(mode="promise_in_bounds"))
+
+
+def _quantize(x: jax.Array) -> QuantizedRows:
+    if x.shape[0] % quantize_sm90.BLOCK_ROWS:
+        return quantize_rows_by_xla(x)
+    return quantize_sm90.quantize_rows(x)
+
+
+def _multiply(lhs, rhs, sizes, num_sms: int, activation: str | None = None) -> jax.Array:
+    quantized = isinstance(rhs, QuantizedMatrices)
+    n, k = rhs.values.shape[2:] if quantized else rhs.shape[:1:-1]
+    choose = quantized_config_for if quantized else config_for
+    rows = (lhs.values if quantized else lhs).shape[0]
+    config = choose(
+        rows=rows, groups=sizes.size, k=k, n=n, num_sms=num_sms, gated=activation is not None
+    )
+    kernel = quantized_sm90 if quantized else mosaic_sm90
+    return kernel.grouped_gemm(
+        lhs, rhs, sizes, 0, activation=activation, config=config, num_sms=num_sms
+    )
