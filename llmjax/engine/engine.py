@@ -1,18 +1,19 @@
 """The engine: requests in, tokens out, one step at a time."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from llmjax.config import ConfigError
-from llmjax.engine.batch import Bucket
 from llmjax.engine.compile import CompileWatch
 from llmjax.engine.interrupts import uninterrupted
 from llmjax.engine.request import Request
 from llmjax.engine.runner import MAX_BIAS, MAX_STOP_IDS, Dispatched, Runner
 from llmjax.engine.schedule import Schedule, Work
 from llmjax.engine.scheduler import Scheduler
+from llmjax.engine.stats import EngineStats, Tick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,24 +28,6 @@ class TokenLogprobs:
     """One more than the number of likelier tokens."""
     top: tuple[tuple[int, float], ...]
     """The likeliest tokens with their log-probabilities."""
-
-
-@dataclass(kw_only=True)
-class EngineStats:
-    """Counts since the engine was built."""
-
-    steps: int = 0
-    """Steps dispatched."""
-    overlapped_steps: int = 0
-    """Steps dispatched before the tokens of the step before were read."""
-    chunked_prefills: int = 0
-    """Prefill chunks that did not reach the end of their prompt."""
-    padded_tokens: int = 0
-    """Tokens computed for nothing, because a bucket was not full."""
-    tokens: int = 0
-    """Tokens fed, prefill and decode together."""
-    compilations: int = 0
-    """Programs compiled after warm-up; anything but 0 is a fault."""
 
 
 @dataclass(kw_only=True)
@@ -66,6 +49,8 @@ class Engine:
         self.runner = runner
         self.scheduler = Scheduler(runner.scheduler_config)
         self.stats = EngineStats()
+        self.watchers: list[Callable[[Tick], None]] = []
+        """Called with each step once it is read."""
         self._ahead = 0 if runner.engine.disable_overlap_scheduler else 1
         self._watch = CompileWatch()
         self._in_flight: deque[Dispatched] = deque()
@@ -119,7 +104,7 @@ class Engine:
         self._stages.appendleft(schedule)
         dispatched = self.runner.dispatch(tuple(self._stages))
         self._in_flight.append(dispatched)
-        self._count(schedule, dispatched.bucket)
+        self._count(schedule, dispatched)
 
     def finish(self, request: Request, stop_text: str) -> None:
         """Ends a request whose text reached a stop text."""
@@ -187,14 +172,29 @@ class Engine:
                 f"{MAX_STOP_IDS} stop_token_ids."
             )
 
-    def _count(self, schedule: Schedule | None, bucket: Bucket) -> None:
-        rows = schedule.rows if schedule else ()
-        prefills = [work for _, works in rows for work in works]
-        fed = sum(len(decodes) for decodes, _ in rows) + sum(work.count for work in prefills)
+    def _count(self, schedule: Schedule | None, dispatched: Dispatched) -> None:
+        prefills = [work for _, works in schedule.rows for work in works] if schedule else []
+        fed = schedule.num_tokens if schedule else 0
         self.stats.steps += 1
         self.stats.tokens += fed
-        self.stats.padded_tokens += bucket.tokens * self.runner.num_ranks - fed
+        self.stats.padded_tokens += self._room(dispatched) - fed
         self.stats.chunked_prefills += sum(not work.samples for work in prefills)
+
+    def _room(self, dispatched: Dispatched) -> int:
+        return dispatched.bucket.tokens * self.runner.num_ranks
+
+    def _count_tick(self, dispatched: Dispatched) -> None:
+        """Reads what the stages counted; a single stage computes what it was fed."""
+        counted = dispatched.output.stage_tokens
+        if counted is None:
+            fed = [schedule.num_tokens if schedule else 0 for schedule in dispatched.stages]
+        else:
+            fed = np.asarray(counted).tolist()
+        room = self._room(dispatched)
+        tick = Tick(stages=dispatched.stages, tokens=tuple(fed), room=room)
+        self.stats.count_tick(tick)
+        for watch in self.watchers:
+            watch(tick)
 
     def _read_oldest(self) -> list[Request]:
         updated = self._read(self._in_flight[0])
@@ -205,6 +205,7 @@ class Engine:
     def _read(self, dispatched: Dispatched) -> list[Request]:
         """Waits for a step's tokens and hands them to the scheduler."""
         schedule = dispatched.schedule
+        self._count_tick(dispatched)
         if schedule is None:
             return []
         tokens = np.asarray(dispatched.output.sampled.tokens).tolist()
@@ -216,6 +217,7 @@ class Engine:
             if work.samples
         }
         updated = self.scheduler.retire(schedule, sampled)
+        self.stats.sampled_tokens += len(updated)
         self._collect_generated(dispatched, updated)
         return updated
 

@@ -42,10 +42,15 @@ MAX_STOP_IDS = 64
 class Dispatched:
     """A step whose results are on their way to the host."""
 
-    schedule: Schedule | None
-    """What leaves the last pipeline stage in this tick; None where that is nothing."""
+    stages: tuple[Schedule | None, ...]
+    """What each pipeline stage computes, the first stage first; None where that is nothing."""
     bucket: Bucket
     started: Future[StepOutput]
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """What leaves the last pipeline stage in this tick."""
+        return self.stages[-1]
 
     @property
     def rows(self) -> Sequence[tuple[list[Work], list[Work]]]:
@@ -158,7 +163,7 @@ class Runner:
         placed = packed if one_process else self._put(packed, None, "requests", None)
         admitted = stages[0].admitted if stages[0] else ()
         started = self._starter.submit(self._start, bucket, placed, admitted)
-        return Dispatched(schedule=stages[-1], bucket=bucket, started=started)
+        return Dispatched(stages=tuple(stages), bucket=bucket, started=started)
 
     def _pack(self, schedule: Schedule | None, bucket: Bucket) -> np.ndarray:
         nothing = Schedule(index=-1, ranks=((),) * self.num_ranks, admitted=(), preempted=())
@@ -180,6 +185,8 @@ class Runner:
                 self._fill(request)
         output, self.state = self._steps[bucket](self.weights, self.state, packed)
         output.sampled.tokens.copy_to_host_async()
+        if output.stage_tokens is not None:
+            output.stage_tokens.copy_to_host_async()
         return output
 
     def lower(self, bucket: Bucket) -> Any:

@@ -94,6 +94,11 @@ class Schedule:
         """The decode works and the prefill works of each batch rank."""
         return tuple(_split(works) for works in self.ranks)
 
+    @cached_property
+    def num_tokens(self) -> int:
+        """Tokens that all batch ranks feed together."""
+        return sum(work.count for works in self.ranks for work in works)
+
 
 def _split(works: tuple[Work, ...]) -> tuple[list[Work], list[Work]]:
     decodes: list[Work] = []

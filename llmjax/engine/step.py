@@ -20,7 +20,7 @@ from llmjax.layers.sampler_state import SamplerState
 from llmjax.layers.vocabulary import cap_softly
 from llmjax.models.decoder import Decoder, RunOptions
 from llmjax.parallel.collectives import all_gather, axis_index, island
-from llmjax.parallel.pipeline import Held
+from llmjax.parallel.pipeline import Held, count_stage_tokens
 from llmjax.weights.model import Weights
 from meshes import Rules
 
@@ -49,6 +49,8 @@ class StepOutput:
     """Tokens and, where asked for, log-probabilities."""
     prompt: Logprobs | None
     """Log-probabilities of the prompts' next tokens; None in a bucket without prefill."""
+    stage_tokens: Int[Array, "stages"] | None
+    """Tokens that each pipeline stage computed; None for one stage, which the host counts."""
 
 
 @jax.tree_util.register_dataclass
@@ -123,8 +125,10 @@ class StepMaker:
                     max_logprobs=self.max_logprobs,
                     soft_cap=self.soft_cap,
                 )
+            counted = count_stage_tokens(inputs.placement.slots >= 0, rules=self.rules)
             # Every process reads the tokens, so that all of them schedule alike.
-            output = jax.tree.map(replicate, StepOutput(sampled=sampled, prompt=prompt))
+            output = StepOutput(sampled=sampled, prompt=prompt, stage_tokens=counted)
+            output = jax.tree.map(replicate, output)
             last = remember_tokens(state.last_tokens, output.sampled.tokens, rows, rules=self.rules)
             state = replace(state, cache=cache, held=held, last_tokens=last, sampler=sampler)
             return output, state

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from llmjax.parallel.collectives import island
+from llmjax.parallel.collectives import island, psum
 from meshes import Rules
 
 STAGES = "pp"
@@ -71,6 +71,28 @@ def run_stages(
         axis_names={STAGES},
         check_vma=False,
     )(stack, cache, placement, entering, held)
+
+
+def count_stage_tokens(
+    is_real: Bool[Array, "stages tokens"], *, rules: Rules
+) -> Int[Array, "stages"] | None:
+    """Tokens that each stage computes in this tick, on every device; None for one stage.
+
+    Each device counts its own, and one sum over stages and tokens' ranks puts them side by side.
+    """
+    stages = rules.plan.sizes[STAGES]
+    if stages == 1:
+        return None
+
+    def body(is_real: Array) -> Array:
+        is_own = jnp.arange(stages) == lax.axis_index(STAGES)
+        counts = jnp.where(is_own, jnp.sum(is_real, dtype=jnp.int32), 0)
+        return psum(counts, (STAGES, *rules.axes("tokens")))
+
+    with jax.named_scope("stage_tokens"):
+        return island(body, in_specs=rules.spec("layers", "tokens"), out_specs=PartitionSpec())(
+            is_real
+        )
 
 
 def _only(x: Array) -> Array:

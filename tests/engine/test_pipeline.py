@@ -9,6 +9,7 @@ import pytest
 from llmjax import LLM, SamplingParams
 from llmjax.engine.engine import Engine
 from llmjax.engine.request import Request
+from llmjax.engine.stats import EngineStats, Tick
 from llmjax.explore.collectives import read_collectives
 from meshes import ParallelPlan, Rules
 
@@ -21,6 +22,7 @@ CELLS = {
     "llama4_text": ParallelPlan(pp=2, ep=2, tp=2, attention_dp="partial"),
     "gemma3_text": ParallelPlan(pp=4, tp=2, attention_dp=True),
 }
+OCCUPIED = {"deepseek_v3": UNEVEN, "gemma3_text": ParallelPlan(pp=4, tp=2)}
 TIGHT: dict[str, Any] = {
     "max_batch_size": 6,
     "batch_buckets": (6,),
@@ -103,33 +105,88 @@ def test_closing_a_stream_lets_its_micro_batch_pass_and_frees_its_pages(served):
     assert not llm.engine.has_work and blocks.num_available == 24
 
 
-def test_micro_batches_are_equal_and_no_tick_is_empty(served, monkeypatch):
+def build_request(index: int, length: int, max_tokens: int) -> Request:
+    return Request(
+        id=index,
+        prompt_ids=tuple((3 + 7 * index + 5 * place) % 160 for place in range(length)),
+        params=SamplingParams(temperature=0),
+        max_tokens=max_tokens,
+        stop_ids=frozenset(),
+    )
+
+
+def run_ticks(engine: Engine, count: int) -> EngineStats:
+    """What the engine counts in its next ticks."""
+    engine.stats = EngineStats()
+    for _ in range(count):
+        engine.step()
+    return engine.stats
+
+
+def test_micro_batches_are_equal_and_no_tick_is_empty(served):
     engine = Engine(served[UNEVEN].engine.runner)
-    decodes: list[list[int]] = []
-    dispatch = engine.runner.dispatch
-
-    def record(stages: Any) -> Any:
-        decodes.append([count_decodes(schedule) for schedule in stages])
-        return dispatch(stages)
-
-    monkeypatch.setattr(engine.runner, "dispatch", record)
+    ticks: list[Tick] = []
+    engine.watchers.append(ticks.append)
     for index in range(4):
-        params = SamplingParams(temperature=0)
-        ids = (5 + index, 6, 7)
-        engine.submit(
-            Request(id=index, prompt_ids=ids, params=params, max_tokens=12, stop_ids=frozenset())
-        )
+        engine.submit(build_request(index, 3, 12))
     while engine.has_work:
         engine.step()
     # All four prompts enter in one tick; two ticks later their first tokens are there.
-    steady = decodes[4:-3]
-    assert len(steady) > 16 and all(tick == [2, 2] for tick in steady)
+    steady = ticks[4:-3]
+    assert len(steady) > 16 and all(tick.tokens == (2, 2) for tick in steady)
     # Twelve tokens of four requests in batches of two, over two stages.
-    assert len(decodes) <= 2 * 12 + 2
+    assert len(ticks) == engine.stats.ticks == engine.stats.steps <= 2 * 12 + 2
 
 
-def count_decodes(schedule: Any) -> int:
-    return len(schedule.rows[0][0]) if schedule else 0
+@pytest.mark.parametrize(
+    "plan", [UNEVEN, ParallelPlan(pp=2, ep=2, attention_dp=True), ParallelPlan(pp=2, dp=2)], ids=str
+)
+def test_each_stage_counts_the_tokens_that_it_was_fed(plan, llm_on):
+    engine = Engine(llm_on("deepseek_v3", plan, **TIGHT).engine.runner)
+    ticks: list[Tick] = []
+    engine.watchers.append(ticks.append)
+    for index in range(9):
+        engine.submit(build_request(index, 1 + 4 * index, 6))
+    while engine.has_work:
+        engine.step()
+    fed = [
+        tuple(schedule.num_tokens if schedule else 0 for schedule in tick.stages) for tick in ticks
+    ]
+    assert [tick.tokens for tick in ticks] == fed
+    assert {len(set(tokens)) for tokens in fed} == {1, 2}, "stages were always fed alike"
+    # Each token that was fed has passed each stage.
+    assert engine.stats.stage_tokens == [engine.stats.tokens] * 2
+
+
+@pytest.mark.parametrize(("model", "plan"), OCCUPIED.items(), ids=str)
+def test_with_a_micro_batch_for_each_stage_occupancy_and_ticks_per_token_are_ideal(
+    model, plan, llm_on
+):
+    requests, chunk = 2 * plan.pp, 8
+    llm = llm_on(
+        model,
+        plan,
+        max_batch_size=requests + 1,
+        batch_buckets=(2, requests + 1),
+        max_num_tokens=2 + chunk,
+        token_buckets=(chunk, 2 + chunk),
+        max_seq_len=64,
+        kv_cache_max_tokens=512,
+    )
+    engine = Engine(llm.engine.runner)
+    for index in range(requests):
+        engine.submit(build_request(index, 3, 40))
+    run_ticks(engine, 5 * plan.pp)
+    decoding = run_ticks(engine, 4 * plan.pp)
+    assert decoding.stage_occupancy == (1.0,) * plan.pp
+    assert decoding.ticks_per_token == plan.pp / requests
+    # A prompt of six chunks: its ticks carry two decodes and a whole chunk at every stage.
+    engine.submit(build_request(requests, 6 * chunk, 1))
+    run_ticks(engine, plan.pp)
+    mixed = run_ticks(engine, 6 - plan.pp + 1)
+    ideal = (2 + chunk) / (requests + 1 + chunk)
+    assert mixed.stage_occupancy == (ideal,) * plan.pp
+    assert mixed.ticks_per_token == plan.pp / requests
 
 
 def test_a_tick_permutes_once_whatever_the_number_of_layers(served):
