@@ -24,6 +24,7 @@ OPERATIONS = (
     "grouped_gemm",
     "grouped_gemm_float8",
     "grouped_gemm_layer",
+    "mla",
     "paged_attention",
     "prefill",
 )

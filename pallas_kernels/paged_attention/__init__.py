@@ -8,8 +8,8 @@ from jax.extend import backend
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
-from pallas_kernels.paged_attention import decode_sm90, prefill_sm90
-from pallas_kernels.paged_attention.configs import decode_config, prefill_config
+from pallas_kernels.paged_attention import decode_sm90, mla_decode_sm90, prefill_sm90
+from pallas_kernels.paged_attention.configs import decode_config, mla_config, prefill_config
 from pallas_kernels.reference import store_rows
 
 __all__ = ["paged_attention", "store_rows"]
@@ -17,7 +17,7 @@ __all__ = ["paged_attention", "store_rows"]
 type Attended = tuple[Array, Array]
 """Outputs and log-sum-exps."""
 
-IMPLEMENTATIONS = ("decode_sm90", "prefill_sm90", "reference")
+IMPLEMENTATIONS = ("decode_sm90", "mla_decode_sm90", "prefill_sm90", "reference")
 
 
 def paged_attention(
@@ -61,20 +61,23 @@ def paged_attention(
     )
     if implementation != "reference":
         one_each = max_query_length == 1 and q.shape[0] == lengths.shape[0]
-        name = implementation or ("decode_sm90" if one_each else "prefill_sm90")
+        decode = "decode_sm90" if v_pages is not None else "mla_decode_sm90"
+        name = implementation or (decode if one_each else "prefill_sm90")
         try:
-            if v_pages is None:
-                raise NotImplementedError("takes values of their own")
             device = _hopper_device()
-            if name == "prefill_sm90":
-                attended = _prefill(device, operands, options)
-            elif one_each:
-                attended = _decode(device, operands, options)
-            else:
+            if name != "prefill_sm90" and not one_each:
                 raise NotImplementedError(
                     f"takes one query a row, got {q.shape[0]} queries in {lengths.shape[0]} rows "
                     f"of up to {max_query_length}"
                 )
+            if name == "mla_decode_sm90":
+                attended = _decode_latent(device, operands, options, value_dim)
+            elif v_pages is None:
+                raise NotImplementedError("takes values of their own")
+            elif name == "prefill_sm90":
+                attended = _prefill(device, operands, options)
+            else:
+                attended = _decode(device, operands, options)
         except NotImplementedError as error:
             if implementation is not None:
                 raise
@@ -111,6 +114,22 @@ def _decode(device: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> 
     return decode_sm90.paged_decode(
         q, k_pages, v_pages, layer, page_table, lengths, **options, config=config
     )
+
+
+def _decode_latent(
+    device: Any, operands: tuple[Any, ...], options: dict[str, Any], value_dim: int | None
+) -> Attended:
+    q, pages, v_pages, layer, page_table, _, lengths = operands
+    if v_pages is not None or value_dim is None:
+        raise NotImplementedError("takes values that are the first `value_dim` features of keys")
+    for name in ("window", "chunk", "soft_cap", "sinks"):
+        if options[name] is not None:
+            raise NotImplementedError(f"takes no {name}")
+    config = mla_config(num_sms=device.core_count)
+    return mla_decode_sm90.mla_decode(
+        q, pages, layer, page_table, lengths,
+        scale=options["scale"], value_dim=value_dim, config=config,
+    )  # fmt: skip
 
 
 def _prefill(device: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> Attended:

@@ -1,10 +1,11 @@
 """How the Hopper kernels are laid out, chosen by shape.
 
-Measured on an H200 by `python -m benchmarks.kernels --tune`, with `--op paged_attention` for decode
-and `--op prefill`.
+Measured on an H200 by `python -m benchmarks.kernels --tune`, with `--op paged_attention` for
+decode, `--op mla` and `--op prefill`.
 """
 
 from pallas_kernels.paged_attention.decode_shape import DecodeConfig
+from pallas_kernels.paged_attention.mla_shape import MlaConfig
 from pallas_kernels.paged_attention.prefill_shape import PrefillConfig
 
 SHARED_BYTES = 220 * 1024
@@ -33,3 +34,8 @@ def prefill_config(*, d: int, dv: int, num_sms: int) -> PrefillConfig:
     free = PREFILL_SHARED_BYTES - 2 * 128 * (d + 128)
     stages = free // (2 * kv_block * (d + dv))
     return PrefillConfig(blocks=num_sms, kv_block=kv_block, stages=min(stages, 4))
+
+
+def mla_config(*, num_sms: int) -> MlaConfig:
+    """The configuration of a decode step of latent attention."""
+    return MlaConfig(blocks=num_sms)

@@ -71,7 +71,7 @@ class Schedule:
         tile = jnp.int32(self.tile)
         return pl.cdiv(length, tile) - lax.div(self.low(length), tile)
 
-    def for_each_segment(self, body: Callable[[Any, Segment], Any], carry: Any) -> None:
+    def for_each_segment(self, body: Callable[[Any, Segment], Any], carry: Any) -> Any:
         """Runs `carry = body(carry, segment)` over the share's segments, the last row first.
 
         So the part that later shares wait for is ready early, and the part that waits comes last.
@@ -102,7 +102,7 @@ class Schedule:
 
         row, base = self._last_row()
         place = (self.end, row, base, self._length(row), self._length(row - 1))
-        lax.while_loop(unfinished, step, (*place, carry))
+        return lax.while_loop(unfinished, step, (*place, carry))[-1]
 
     def _length(self, row: Array) -> Array:
         return self.lengths[jnp.clip(row, 0, self.rows - 1)]

@@ -165,7 +165,7 @@ def test_a_machine_without_a_hopper_gpu_runs_the_reference():
     np.testing.assert_array_equal(run(*arguments)[0], want[0])
     with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
         run(*arguments, implementation="decode_sm90")
-    with pytest.raises(ValueError, match="use None or one of decode_sm90, prefill_sm90"):
+    with pytest.raises(ValueError, match="use None or one of decode_sm90, mla_decode_sm90"):
         run(*arguments, implementation="flash")
 
 

@@ -1,0 +1,220 @@
+"""Decode of multi-head latent attention on Hopper: many query heads over one latent vector a token.
+
+Values are the first features of the keys, so that a tile is read once for both products. With 64
+query heads or more the tensor cores are the bound, not the memory. Blocks take equal shares of the
+cached positions of all rows, see `schedule`, each 64 query heads of them.
+
+A block is four warpgroups: one copies tiles to shared memory, one computes scores and weights, and
+two sum up half of the value features each, because the sums of all of them would not fit in the
+registers of one. So the tensor cores have the values of one tile to work on while the weights of
+the next are computed (as FlashMLA has it, with another division of the work).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.paged_attention.mla_load import load_tiles
+from pallas_kernels.paged_attention.mla_parts import Parts
+from pallas_kernels.paged_attention.mla_scores import weigh_tiles
+from pallas_kernels.paged_attention.mla_shape import (
+    CHUNKS,
+    HEADS,
+    KV_BLOCK,
+    ROPE,
+    SUMMERS,
+    MlaConfig,
+    MlaRefs,
+    MlaShape,
+)
+from pallas_kernels.paged_attention.mla_values import sum_values
+from pallas_kernels.paged_attention.rows import full, store
+from pallas_kernels.paged_attention.schedule import plan_share
+
+SCORES, LOAD = SUMMERS, SUMMERS + 1
+"""Warpgroups, after those that sum up values."""
+SUM_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS = 176, 120, 40
+"""Registers of a thread: the 512 that four warpgroups start with."""
+
+
+def mla_decode(
+    q: Float[Array, "rows heads d"],
+    pages: Float[Array, "layers pages page 1 d"],
+    layer: Int[Array, ""] | int,
+    page_table: Int[Array, "rows width"],
+    lengths: Int[Array, "rows"],
+    *,
+    scale: float,
+    value_dim: int,
+    config: MlaConfig,
+    interpret: Any = None,
+) -> tuple[Float[Array, "rows heads dv"], Float[Array, "rows heads"]]:
+    """Attention of one query a row over its pages, and its log-sum-exp; see the reference.
+
+    Raises NotImplementedError for what the kernel does not cover.
+    """
+    rows, heads, d = q.shape
+    _check(q, pages, value_dim, config)
+    head_blocks = _head_blocks(heads)
+    shape = MlaShape(
+        rows=rows,
+        head_blocks=head_blocks,
+        heads=heads // head_blocks,
+        dv=value_dim,
+        pages=pages.shape[1],
+        page=pages.shape[2],
+        scale=scale,
+        config=config,
+    )
+    operands = {
+        "q": q.reshape(rows * head_blocks, shape.heads, d),
+        "pages": pages.reshape(-1, d),
+        "layer": jnp.asarray(layer, jnp.int32).reshape(1),
+        "page_table": page_table,
+        "lengths": lengths,
+    }
+    out, lse = _launch(shape, operands, interpret)
+    out, lse = out[:, : shape.heads], lse[:, : shape.heads]
+    return out.reshape(rows, heads, value_dim), lse.reshape(rows, heads)
+
+
+def _head_blocks(heads: int) -> int:
+    """Returns how many equal blocks of up to `HEADS` query heads there are, 0 for none.
+
+    Copies of queries move eight at a time.
+    """
+    blocks = -(-heads // HEADS)
+    return 0 if heads % (8 * blocks) else blocks
+
+
+def _check(q: Array, pages: Array, value_dim: int, config: MlaConfig) -> None:
+    """Raises NotImplementedError for what the kernel does not cover."""
+    _, heads, d = q.shape
+    layers, count, page, kv_heads, _ = pages.shape
+    pool = layers * count * page
+    problems = {
+        f"queries of {q.dtype} and pages of {pages.dtype}; it takes bfloat16 or float16, one "
+        "for both": q.dtype != pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float16),
+        f"keys of {d} features and values of {value_dim} of them; it takes {ROPE} more of keys "
+        "than of values, and 256 or 512 of these": (
+            d != value_dim + ROPE or value_dim not in (256, 512)
+        ),
+        f"{kv_heads} KV heads; it takes one": kv_heads != 1,
+        f"{heads} query heads; it takes blocks of up to {HEADS} that are multiples of 8": (
+            not _head_blocks(heads)
+        ),
+        f"pages of {page}; it takes powers of 2 from 16 on": page < 16 or page & (page - 1),
+        f"a pool of {pool} positions in all layers; it takes fewer than 2^31": pool >= 2**31,
+        f"{config.stages} stages; it needs 2 to load ahead": config.stages < 2,
+    }
+    for problem, present in problems.items():
+        if present:
+            raise NotImplementedError(f"latent attention on Hopper does not cover {problem}")
+
+
+def _launch(shape: MlaShape, operands: dict[str, Array], interpret: Any) -> tuple[Array, Array]:
+    config, dtype = shape.config, operands["q"].dtype
+    blocks, slots = shape.shares * shape.head_blocks, shape.rows * shape.head_blocks
+    wide, stages = jnp.float32, config.stages
+    results = {
+        "out": jax.ShapeDtypeStruct((slots, HEADS, shape.dv), dtype),
+        "lse": jax.ShapeDtypeStruct((slots, HEADS), wide),
+        "sums": jax.ShapeDtypeStruct((2 * blocks, HEADS, shape.dv), wide),
+        "highest": jax.ShapeDtypeStruct((2 * blocks, HEADS), wide),
+        "totals": jax.ShapeDtypeStruct((2 * blocks, HEADS), wide),
+    }
+    tiled = (
+        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+    )
+    scratch = {
+        "q_latent": plgpu.SMEM((CHUNKS, HEADS, shape.chunk), dtype, transforms=tiled),
+        "q_rope": plgpu.SMEM((HEADS, ROPE), dtype, transforms=tiled),
+        "latent": plgpu.SMEM((stages, CHUNKS, KV_BLOCK, shape.chunk), dtype, transforms=tiled),
+        "rope": plgpu.SMEM((stages, KV_BLOCK, ROPE), dtype, transforms=tiled),
+        "keep": plgpu.SMEM((stages, HEADS), wide),
+        "inverse": plgpu.SMEM((HEADS,), wide),
+        "q_full": plgpu.Barrier(num_arrivals=CHUNKS + 1),
+        "q_free": plgpu.Barrier(),
+        "latent_full": plgpu.Barrier(num_barriers=stages * CHUNKS, num_arrivals=shape.copies),
+        "latent_free": plgpu.Barrier(num_barriers=stages * CHUNKS),
+        "rope_full": plgpu.Barrier(num_barriers=stages, num_arrivals=shape.copies),
+        "rope_free": plgpu.Barrier(num_barriers=stages, num_arrivals=SUMMERS),
+        "weights_full": plgpu.Barrier(num_barriers=stages),
+        "inverse_full": plgpu.Barrier(),
+        "inverse_free": plgpu.Barrier(num_arrivals=SUMMERS),
+    }
+    out, lse, *_ = plgpu.kernel(
+        functools.partial(_mla_kernel, shape, (*operands, *results, *scratch)),
+        out_type=tuple(results.values()),
+        scratch_types=list(scratch.values()),
+        grid=(blocks,),
+        grid_names=("block",),
+        num_threads=SUMMERS + 2,
+        thread_name="warpgroup",
+        kernel_name="mla_decode",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(*operands.values())
+    return out, lse
+
+
+def _mla_kernel(shape: MlaShape, names: tuple[str, ...], *all_refs: Any) -> None:
+    refs, config = MlaRefs(**dict(zip(names, all_refs, strict=True))), shape.config
+    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+    share = lax.div(block, jnp.int32(shape.head_blocks))
+    head_block = lax.rem(block, jnp.int32(shape.head_blocks))
+    schedule = plan_share(
+        share,
+        shape.shares,
+        rows=shape.rows,
+        tile=KV_BLOCK,
+        min_tiles=config.min_tiles,
+        lengths=refs.lengths,
+        limits=None,
+    )
+    saved = None
+    if config.synchronize:
+        saved = pl.get_global(plgpu.SemaphoreType.REGULAR((shape.shares * shape.head_blocks,)))
+    parts = Parts(
+        shape=shape, refs=refs, schedule=schedule, share=share, head_block=head_block, saved=saved
+    )
+
+    @pl.when(warpgroup == LOAD)
+    def _():
+        plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+        load_tiles(shape, refs, schedule, head_block)
+
+    @pl.when(warpgroup == SCORES)
+    def _():
+        plgpu.set_max_registers(SCORE_REGISTERS, action="decrease")
+        _clear_unused(shape, refs, share, head_block)
+        weigh_tiles(shape, refs, schedule, head_block, parts)
+
+    @pl.when(warpgroup < SUMMERS)
+    def _():
+        plgpu.set_max_registers(SUM_REGISTERS, action="increase")
+        sum_values(shape, refs, schedule, head_block, parts)
+
+
+def _clear_unused(shape: MlaShape, refs: MlaRefs, share: Array, head_block: Array) -> None:
+    """Writes 0 and -inf for the rows of length 0, which have no tiles."""
+
+    def clear_row(index: Array, _: None) -> None:
+        row = share + index * shape.shares
+
+        @pl.when(refs.lengths[row] == 0)
+        def _():
+            slot = row * shape.head_blocks + head_block
+            store(refs.lse.at[slot], full((HEADS,), -jnp.inf))
+            for column in range(0, shape.dv, ROPE):
+                zeros = full((HEADS, ROPE), 0.0, refs.out.dtype)
+                store(refs.out.at[slot, :, pl.ds(column, ROPE)], zeros)
+
+    lax.fori_loop(0, pl.cdiv(shape.rows - share, jnp.int32(shape.shares)), clear_row, None)

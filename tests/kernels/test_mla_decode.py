@@ -1,0 +1,137 @@
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+import pallas_kernels
+from pallas_kernels import reference
+from pallas_kernels.paged_attention.configs import mla_config
+from pallas_kernels.paged_attention.mla_decode_sm90 import mla_decode
+from pallas_kernels.paged_attention.mla_shape import MlaConfig
+
+PAGE, LAYER = 16, 1
+NO_PAGE = 2**30
+
+# Queries past the last head are computed on whatever is there, and dropped.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def mla_case(lengths: list[int], *, heads=8, value_dim=256, page=PAGE, seed=0) -> Any:
+    """Random queries over shuffled pages; whatever a row does not own is NaN, or no page at all."""
+    rng = np.random.default_rng(seed)
+    rows, width = len(lengths), max(1, -(-max(lengths) // page))
+    pool = rows * width + 2
+    table = rng.permutation(pool)[: rows * width].reshape(rows, width).astype(np.int32)
+    owned = np.zeros((pool, page), bool)
+    for row, length in enumerate(lengths):
+        used = -(-length // page)
+        for column in range(used):
+            owned[table[row, column]] = np.arange(page) < length - column * page
+        table[row, used:] = NO_PAGE
+    values = rng.normal(size=(2, pool, page, 1, value_dim + 64))
+    pages = jnp.asarray(np.where(owned[None, :, :, None, None], values, np.nan), jnp.bfloat16)
+    q = jnp.asarray(rng.normal(size=(rows, heads, value_dim + 64)), jnp.bfloat16)
+    return q, pages, LAYER, jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
+
+
+def decode(case: Any, *, blocks=1, races=True, value_dim=256) -> Any:
+    """The kernel under the interpreter, which runs blocks in turn and knows no signals."""
+    config = MlaConfig(blocks=blocks, min_tiles=1, in_registers=False, synchronize=False)
+    params = plgpu.InterpretGPUParams(detect_races=races, out_of_bounds_reads="uninitialized")
+    return mla_decode(*case, scale=0.125, value_dim=value_dim, config=config, interpret=params)
+
+
+def expected(case: Any, *, value_dim=256) -> Any:
+    """The reference in float32; it takes a table of real pages, and masks what is not owned."""
+    q, pages, layer, table, lengths = case
+    return reference.paged_attention(
+        q.astype(jnp.float32),
+        pages.astype(jnp.float32),
+        None,
+        layer,
+        jnp.where(table == NO_PAGE, 0, table),
+        jnp.arange(len(lengths) + 1),
+        lengths,
+        scale=0.125,
+        max_query_length=1,
+        value_dim=value_dim,
+    )
+
+
+def assert_equal_attention(got: Any, want: Any) -> None:
+    out, lse = (np.asarray(array, np.float32) for array in got)
+    np.testing.assert_allclose(out, want[0], atol=2**-6)
+    np.testing.assert_allclose(lse, want[1], atol=1e-4)
+
+
+def test_latent_kernel_agrees_with_float32_and_has_no_race():
+    case = mla_case([150, 0, 1, 15, 16, 17, 64])
+    assert_equal_attention(decode(case), expected(case))
+    assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize("page", [64, 128])
+def test_latent_kernel_reads_pages_of_every_size(page):
+    case = mla_case([page - 1, page, page + 1], page=page)
+    assert_equal_attention(decode(case), expected(case))
+
+
+@pytest.mark.parametrize("heads", [16, 64, 96])
+def test_latent_kernel_takes_every_number_of_heads(heads):
+    case = mla_case([40, 70], heads=heads)
+    blocks = -(-heads // 64)
+    assert_equal_attention(decode(case, blocks=blocks), expected(case))
+
+
+@pytest.mark.parametrize("blocks", [3, 7])
+def test_rows_that_several_blocks_share_are_merged(blocks):
+    # Without signals between blocks, the detector would rightly report their sums as a race.
+    case = mla_case([450, 0, 10, 230])
+    assert_equal_attention(decode(case, blocks=blocks, races=False), expected(case))
+
+
+@pytest.mark.parametrize("heads, page", [(128, 64), (16, 16), (96, 128)])
+def test_every_shipped_configuration_lowers_for_cuda(heads, page):
+    config = mla_config(num_sms=132)
+    run = functools.partial(mla_decode, scale=0.1, value_dim=512, config=config)
+    arguments = (
+        jax.ShapeDtypeStruct((4, heads, 576), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2, 100, page, 1, 576), jnp.bfloat16),
+        jax.ShapeDtypeStruct((), jnp.int32),
+        jax.ShapeDtypeStruct((4, 10), jnp.int32),
+        jax.ShapeDtypeStruct((4,), jnp.int32),
+    )
+    lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        (dict(value_dim=192), "keys of 256 features and values of 192 of them"),
+        (dict(heads=4), "4 query heads; it takes blocks of up to 64 that are multiples of 8"),
+        (dict(page=24), "pages of 24; it takes powers of 2 from 16 on"),
+    ],
+)
+def test_latent_kernel_says_what_it_does_not_cover(sizes, message):
+    with pytest.raises(NotImplementedError, match=message):
+        decode(mla_case([3], **sizes), value_dim=sizes.get("value_dim", 256))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads, page", [(128, 64), (16, 16), (96, 128)])
+def test_latent_kernel_agrees_with_float32_on_the_gpu(heads, page):
+    lengths = [page * 31, 0, 1, page - 1, page, page + 1, 3000]
+    case = mla_case(lengths, heads=heads, value_dim=512, page=page)
+    q, pages, layer, table, counts = case
+    run = functools.partial(pallas_kernels.paged_attention, implementation="mla_decode_sm90")
+    run = functools.partial(run, scale=0.125, max_query_length=1, value_dim=512)
+    starts = jnp.arange(len(lengths) + 1)
+    got = jax.jit(run)(q, pages, None, layer, table, starts, counts)
+    with jax.default_matmul_precision("highest"):
+        assert_equal_attention(got, expected(case, value_dim=512))
