@@ -23,23 +23,37 @@ BUCKET_RATIO = 4
 
 
 def choose_buckets(
-    *, max_batch_size: int, max_num_tokens: int, prefill_rows: int, width: int, config: EngineConfig
+    *,
+    max_batch_size: int,
+    max_num_tokens: int,
+    prefill_rows: int,
+    width: int,
+    config: EngineConfig,
+    num_stages: int = 1,
 ) -> tuple[Bucket, ...]:
     """Decode buckets of several batch sizes, and prefill buckets that hold any batch size.
+
+    Each stage of a pipeline has its share of the batch, so no step decodes more than that; and a
+    prefill bucket holds a share of the longest step.
 
     Raises:
         ConfigError: buckets that were asked for do not cover the largest batch or step.
     """
-    batches = config.batch_buckets or _geometric(1, max_batch_size)
-    prefills = config.token_buckets or _geometric(SMALLEST_PREFILL, max_num_tokens)
+    batch_share, token_share = (-(-n // num_stages) for n in (max_batch_size, max_num_tokens))
+    batches = config.batch_buckets or _geometric(1, batch_share)
+    prefills = config.token_buckets or _add(
+        _geometric(SMALLEST_PREFILL, token_share), max_num_tokens
+    )
+    share = f" over {num_stages} stages" if num_stages > 1 else ""
     for key, sizes, needed, limit in (
-        ("batch_buckets", batches, max_batch_size, "max_batch_size"),
+        ("batch_buckets", batches, batch_share, f"max_batch_size{share}"),
         ("token_buckets", prefills, max_num_tokens, "max_num_tokens"),
     ):
         if sizes[-1] < needed:
             raise ConfigError(
                 f"{key} ends at {sizes[-1]}, below {limit}={needed}: add a bucket of {needed}."
             )
+    batches = sorted({min(batch, batch_share) for batch in batches})
     decodes = [
         Bucket(prefill_tokens=0, decodes=batch, prefill_rows=0, width=width) for batch in batches
     ]
@@ -155,3 +169,7 @@ def _geometric(first: int, last: int) -> tuple[int, ...]:
     while sizes[0] > first:
         sizes.insert(0, max(first, -(-sizes[0] // BUCKET_RATIO)))
     return tuple(sizes)
+
+
+def _add(sizes: tuple[int, ...], largest: int) -> tuple[int, ...]:
+    return sizes if sizes[-1] == largest else (*sizes, largest)

@@ -131,6 +131,9 @@ class Runner:
             num_pages=self.num_pages,
             max_seq_len=self.max_seq_len,
             num_stages=self.num_stages,
+            prefill_sizes=tuple(
+                bucket.prefill_tokens for bucket in self.buckets if bucket.prefill_tokens
+            ),
             enable_block_reuse=self.engine.enable_block_reuse,
             enable_chunked_prefill=self.engine.enable_chunked_prefill,
             attention_dp_balance=self.engine.attention_dp_balance,
@@ -263,6 +266,7 @@ class Runner:
             prefill_rows=self.prefill_rows,
             width=-(-longest // self.page_size),
             config=self.engine,
+            num_stages=self.num_stages,
         )
 
     def _empty_state(self, num_pages: int, tokens: int | None = None) -> EngineState:

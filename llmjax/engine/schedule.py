@@ -28,6 +28,8 @@ class SchedulerConfig:
     """Prompt and generated tokens of a request."""
     num_stages: int = 1
     """Pipeline stages: steps after which a sampled token is there to be fed."""
+    prefill_sizes: tuple[int, ...] = ()
+    """Prefill tokens for which steps are compiled, rising; empty: any number."""
     enable_block_reuse: bool = True
     """Reuse the pages of a known prefix."""
     enable_chunked_prefill: bool = True
@@ -52,6 +54,11 @@ class SchedulerConfig:
                 f"prompt: use at least max_seq_len={self.max_seq_len}, or set "
                 f"enable_chunked_prefill=True."
             )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Most requests that decode in a step: an equal share for each stage."""
+        return -(-self.max_batch_size // self.num_stages)
 
 
 class Work(NamedTuple):

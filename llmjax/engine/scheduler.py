@@ -7,6 +7,7 @@ then its pages and slots stay where they are, whatever becomes of its requests.
 import bisect
 import hashlib
 import struct
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -23,6 +24,8 @@ class _Rank:
     index: int
     blocks: BlockManager
     free_slots: list[int]
+    recent_prefills: deque[int]
+    """Prompt tokens that the other stages of a pipeline carry, fed in the ticks before."""
     running: list[Request] = field(default_factory=list)
     """Ordered by arrival."""
     draining: list[Request] = field(default_factory=list)
@@ -32,6 +35,12 @@ class _Rank:
     def num_tokens(self) -> int:
         return sum(request.num_tokens for request in self.running)
 
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Prompt tokens in the pipeline and in prompts under way."""
+        uncomputed = (request.num_uncomputed for request in self.running)
+        return sum(self.recent_prefills) + sum(count for count in uncomputed if count > 1)
+
 
 @dataclass(eq=False, kw_only=True)
 class _RankStep:
@@ -40,6 +49,8 @@ class _RankStep:
     rank: _Rank
     token_budget: int
     prefill_budget: int
+    prefill_tokens: int
+    """Prompt tokens that the step may still take."""
     next_token_at: int
     """The tick in which tokens that this step samples can be fed."""
     decodes: list[Work] = field(default_factory=list)
@@ -56,10 +67,15 @@ class _RankStep:
         request.in_flight += 1
         request.pending_samples += 1
 
+    @property
+    def takes_prefill(self) -> bool:
+        """Whether a prompt, or a part of one, still fits."""
+        return bool(self.token_budget and self.prefill_budget and self.prefill_tokens)
+
     def add(self, request: Request) -> None:
         """Schedule as many of the request's next tokens as the budget allows."""
         start = request.num_computed
-        count = min(request.num_uncomputed, self.token_budget)
+        count = min(request.num_uncomputed, self.token_budget, self.prefill_tokens)
         num_pages = self.rank.blocks.pages_for(start + count)
         work = Work(
             request=request,
@@ -74,8 +90,10 @@ class _RankStep:
         else:
             self.prefills.append(work)
             self.prefill_budget -= 1
+            self.prefill_tokens -= count
         self.token_budget -= count
-        request.ready_at = self.next_token_at
+        if work.samples:
+            request.ready_at = self.next_token_at
         request.num_computed += count
         request.in_flight += 1
         request.pending_samples += work.samples
@@ -100,6 +118,7 @@ class Scheduler:
                     enable_block_reuse=config.enable_block_reuse,
                 ),
                 free_slots=list(range(config.max_batch_size)),
+                recent_prefills=deque(maxlen=config.num_stages - 1),
             )
             for index in range(config.num_ranks)
         ]
@@ -172,11 +191,13 @@ class Scheduler:
     def schedule(self) -> Schedule | None:
         """Choose what enters in this tick; None if nothing can before a step in flight retires."""
         self._tick += 1
+        prefill_tokens = self._share_of_prefill()
         steps = [
             _RankStep(
                 rank=rank,
                 token_budget=self.config.max_num_tokens,
                 prefill_budget=self.config.max_prefill_requests,
+                prefill_tokens=prefill_tokens,
                 next_token_at=self._tick + self.config.num_stages,
             )
             for rank in self._ranks
@@ -188,6 +209,8 @@ class Scheduler:
         # Pages that a preemption has freed belong to the requests it was made for.
         can_admit = num_preemptions == self.num_preemptions and self._ranks_are_aligned(steps)
         admitted = self._admit(steps) if can_admit else []
+        for step in steps:
+            step.rank.recent_prefills.append(sum(work.count for work in step.prefills))
         ranks = tuple((*step.decodes, *step.prefills) for step in steps)
         if not any(ranks):
             return None
@@ -201,6 +224,26 @@ class Scheduler:
         self._num_scheduled += 1
         self._record(schedule)
         return schedule
+
+    def _share_of_prefill(self) -> int:
+        """Prompt tokens that a rank may feed in this tick: the same for each stage of a pipeline.
+
+        All stages of a tick are padded to the longest prefill among them. So the tokens that the
+        other stages carry and those that wait are dealt out equally, up to the next size for which
+        a step is compiled: below it nothing is saved.
+        """
+        config = self.config
+        if config.num_stages == 1 or not config.enable_chunked_prefill:
+            return config.max_num_tokens
+        num_slots = sum(len(rank.free_slots) for rank in self._ranks)
+        queued = [request.num_tokens for request in self._waiting[:num_slots]]
+        # Ranks take prompts in turn, and none takes less than a whole one.
+        per_rank = max(-(-sum(queued) // config.num_ranks), max(queued, default=0))
+        prefill = per_rank + max(rank.num_prefill_tokens for rank in self._ranks)
+        share = max(-(-prefill // config.num_stages), 1)
+        if not config.prefill_sizes:
+            return share
+        return next((size for size in config.prefill_sizes if size >= share), config.max_num_tokens)
 
     def _schedule_decodes(self, step: _RankStep) -> None:
         # Micro-batches of the same size keep all stages of a pipeline busy.
@@ -218,7 +261,7 @@ class Scheduler:
 
     def _schedule_chunks(self, step: _RankStep) -> None:
         for request in step.rank.running:
-            if step.token_budget == 0 or step.prefill_budget == 0:
+            if not step.takes_prefill:
                 return
             if request.num_uncomputed > 1:
                 step.add(request)
@@ -268,7 +311,7 @@ class Scheduler:
 
     def _admit_to(self, step: _RankStep, request: Request) -> bool:
         rank = step.rank
-        if not (rank.free_slots and step.token_budget and step.prefill_budget):
+        if not (rank.free_slots and step.takes_prefill):
             return False
         # Prompt log-probabilities need the hidden state of every position.
         needs_all = request.params.prompt_logprobs is not None
@@ -277,6 +320,10 @@ class Scheduler:
         if not self.config.enable_chunked_prefill:
             if request.num_tokens - num_cached > step.token_budget:
                 return False
+        # A prompt of one new token is a decode row, of which steps have but a share.
+        is_decode = request.num_tokens - num_cached == 1
+        if is_decode and len(step.decodes) == self.config.micro_batch_size:
+            return False
         # All pages of the tokens known so far are taken here, so that a prefill never stops half
         # way; a page is left for each running request, or the newcomer would soon be preempted.
         pages = rank.blocks.admit(request.token_ids, matched=matched, spare=len(rank.running))
