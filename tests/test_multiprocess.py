@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import tokenizers
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
+from llmjax import LLM, SamplingParams
 from llmjax.distributed import DistributedError, initialize
 from llmjax.distributed.lifeline import gather, join
 
@@ -68,17 +70,18 @@ class Pair:
             process.communicate()
 
 
+def peer_command(folder: Path, task: str, number: int, address: str) -> list[Any]:
+    """Runs tests/processes/peer.py with a task."""
+    return [TESTS / "processes" / "peer.py", address, number, task, folder / f"{number}.json"]
+
+
 @pytest.fixture
 def start_pair(tmp_path):
-    """Starts processes that run tests/processes/peer.py with a task."""
+    """Starts processes with a task, and ends them after the test."""
     pairs = []
 
     def start(task: str) -> Pair:
-        def command(number: int, address: str) -> list[Any]:
-            script = TESTS / "processes" / "peer.py"
-            return [script, address, number, task, tmp_path / f"{number}.json"]
-
-        pairs.append(Pair(tmp_path, command))
+        pairs.append(Pair(tmp_path, partial(peer_command, tmp_path, task)))
         return pairs[-1]
 
     yield start
@@ -86,20 +89,57 @@ def start_pair(tmp_path):
         pair.end()
 
 
-def test_two_processes_generate_the_tokens_of_one_and_none_holds_a_sharded_array(start_pair):
-    pair = start_pair("agree")
-    for number in (0, 1):
-        assert pair.wait(number, SECONDS_TO_START) == 0, pair.read(number, "err")
-    seen = [json.loads(pair.read(number, "json")) for number in (0, 1)]
-    golden = np.load(TESTS / "golden" / "llama" / "io.npz")
-    greedy = golden["greedy"][0, golden["prompt"].shape[1] :].tolist()
+@pytest.fixture(scope="module")
+def agreed(tmp_path_factory) -> tuple[Pair, list[dict[str, Any]]]:
+    """Two processes that ran one plan after another, and what each of them saw."""
+    folder = tmp_path_factory.mktemp("agree")
+    pair = Pair(folder, partial(peer_command, folder, "agree"))
+    try:
+        for number in (0, 1):
+            assert pair.wait(number, SECONDS_TO_START) == 0, pair.read(number, "err")
+    finally:
+        pair.end()
+    return pair, [json.loads(pair.read(number, "json")) for number in (0, 1)]
+
+
+@cache
+def generate_here(family: str) -> list[list[int]]:
+    """Greedy tokens of one device of this process."""
+    folder = TESTS / "golden" / family
+    stored = np.load(folder / "io.npz")
+    prompts = [*stored["prompt"].tolist(), *stored["input_ids"].tolist()]
+    llm = LLM(
+        folder,
+        max_seq_len=64,
+        max_batch_size=4,
+        batch_buckets=(4,),
+        max_num_tokens=32,
+        kv_cache_max_tokens=256,
+        progress=False,
+    )
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    tokens = [list(output.outputs[0].token_ids) for output in llm.generate(prompts, params)]
+    assert tokens[0] == stored["greedy"][0, stored["prompt"].shape[1] :].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize(
+    ("axis", "family"), [("tp", "llama"), ("dp", "llama"), ("pp", "llama"), ("ep", "qwen3_moe")]
+)
+def test_an_axis_across_two_processes_gives_the_tokens_of_one(axis, family, agreed):
+    expected = generate_here(family)
+    for of_process in agreed[1]:
+        seen = of_process["plans"][axis]
+        assert axis in seen["across"]
+        assert seen["tokens"] == expected
+        assert seen["streamed"] == expected[0]
+        assert seen["sharded"] > 5
+        assert seen["whole here"] == 0, "a process holds a whole array"
+
+
+def test_process_0_shares_what_it_knows_and_alone_shows_progress(agreed):
+    pair, seen = agreed
     for of_process in seen:
-        for plan in ("tp=4", "dp=2,tp=2"):
-            assert of_process[plan]["tokens"][0] == greedy
-            assert of_process[plan]["tokens"] == seen[0]["tp=4"]["tokens"]
-            assert of_process[plan]["streamed"] == greedy
-            assert of_process[plan]["sharded"] > 5
-            assert of_process[plan]["whole here"] == 0
         assert of_process["broadcast"] == {"from": 0, "text": "é" * 300_000}
         assert "max_seq_len: process 0 has 128, process 1 has 256" in of_process["disagreement"]
     assert "generating" in pair.read(0, "err")

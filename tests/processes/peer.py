@@ -16,29 +16,43 @@ os.environ["NPROC"] = "32"
 import jax
 import numpy as np
 import platformdirs
+from jax.sharding import Mesh
 
-from llmjax import LLM, SamplingParams
+from llmjax import LLM, ParallelPlan, SamplingParams
 from llmjax.distributed import broadcast, check_agreement, initialize
 
-GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "llama"
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+ACROSS = {
+    "tp": ("llama", ParallelPlan(tp=4)),
+    "dp": ("llama", ParallelPlan(dp=2, tp=2)),
+    "pp": ("llama", ParallelPlan(pp=2, tp=2)),
+    "ep": ("qwen3_moe", ParallelPlan(ep=4)),
+}
+"""A model and a plan for each mesh axis that shall have ranks in both processes."""
 
 
-def build(**plan: Any) -> LLM:
+def build(family: str, plan: ParallelPlan) -> LLM:
     """A tiny model in few buckets."""
     return LLM(
-        GOLDEN,
+        GOLDEN / family,
+        plan=plan,
         max_seq_len=128,
         max_batch_size=4,
         batch_buckets=(4,),
         max_num_tokens=32,
         kv_cache_max_tokens=512,
-        **plan,
     )
 
 
-def show_plan(prompts: list[list[int]], **plan: Any) -> dict[str, Any]:
+def read_prompts(family: str) -> list[list[int]]:
+    """The stored prompts; the first one's greedy continuation is stored too."""
+    stored = np.load(GOLDEN / family / "io.npz")
+    return [*stored["prompt"].tolist(), *stored["input_ids"].tolist()]
+
+
+def show_plan(family: str, plan: ParallelPlan) -> dict[str, Any]:
     """Greedy tokens under a plan, and which arrays this process holds as a whole."""
-    llm = build(**plan)
+    llm, prompts = build(family, plan), read_prompts(family)
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     outputs = llm.generate(prompts, params)
     streamed = [token for delta in llm.stream(prompts[0], params) for token in delta.token_ids]
@@ -47,12 +61,17 @@ def show_plan(prompts: list[list[int]], **plan: Any) -> dict[str, Any]:
     return {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "streamed": streamed,
+        "across": axes_across_processes(runner.mesh),
         "sharded": sum(not array.is_fully_replicated for array in arrays),
-        "sharded and whole here": sum(
-            array.is_fully_addressable for array in arrays if not array.is_fully_replicated
-        ),
         "whole here": sum(array.is_fully_addressable for array in arrays),
     }
+
+
+def axes_across_processes(mesh: Mesh) -> list[str]:
+    """The mesh axes whose neighbours lie in different processes."""
+    hosts = np.array([device.process_index for device in mesh.devices.flat])
+    hosts = hosts.reshape(mesh.devices.shape)
+    return [name for index, name in enumerate(mesh.axis_names) if np.ptp(hosts, axis=index).any()]
 
 
 def disagree(host_id: int) -> str:
@@ -74,12 +93,9 @@ def main() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     initialize(coordinator, 2, int(host_id))
-    stored = np.load(GOLDEN / "io.npz")
-    prompts = [*stored["prompt"].tolist(), *stored["input_ids"].tolist()]
     if task == "agree":
         seen: dict[str, Any] = {
-            "tp=4": show_plan(prompts, tensor_parallel_size=4),
-            "dp=2,tp=2": show_plan(prompts, tensor_parallel_size=2, data_parallel_size=2),
+            "plans": {axis: show_plan(*of_axis) for axis, of_axis in ACROSS.items()},
             "broadcast": broadcast({"from": int(host_id), "text": "é" * 300_000}),
             "disagreement": disagree(int(host_id)),
         }
@@ -92,7 +108,8 @@ def main() -> None:
             check_agreement({})
         else:
             sys.stdin.read()
-    llm = build(tensor_parallel_size=4)
+    family, plan = ACROSS["tp"]
+    llm, prompts = build(family, plan), read_prompts(family)
     while True:
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=64, ignore_eos=True))
         Path(report).touch()
