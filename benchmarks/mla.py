@@ -85,11 +85,7 @@ SHAPES = (
     *(Shape(rows=64, context=4096, page=page) for page in (16, 128)),
 )
 TUNED = (SHAPES[0], SHAPES[1], SHAPES[2], SHAPES[4])
-CANDIDATES = (
-    ("no prefetch", MlaConfig(blocks=132, prefetch=False)),
-    ("1 tile at least", MlaConfig(blocks=132, min_tiles=1)),
-    ("4 tiles at least", MlaConfig(blocks=132, min_tiles=4)),
-)
+CANDIDATES = (("4 tiles at least", MlaConfig(blocks=132, min_tiles=4)),)
 """What the tuner tries."""
 
 

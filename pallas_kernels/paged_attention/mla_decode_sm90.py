@@ -146,16 +146,18 @@ def _launch(shape: MlaShape, operands: dict[str, Array], interpret: Any) -> tupl
         "latent_free": plgpu.Barrier(num_barriers=stages * CHUNKS),
         "rope_full": plgpu.Barrier(num_barriers=stages, num_arrivals=shape.copies),
         "rope_free": plgpu.Barrier(num_barriers=stages, num_arrivals=SUMMERS),
+        "keep_full": plgpu.Barrier(num_barriers=stages),
         "weights_full": plgpu.Barrier(num_barriers=stages),
         "inverse_full": plgpu.Barrier(),
         "inverse_free": plgpu.Barrier(num_arrivals=SUMMERS),
+        "block_saved": plgpu.Barrier(num_arrivals=SUMMERS + 1),
     }
     out, lse, *_ = plgpu.kernel(
         functools.partial(_mla_kernel, shape, (*operands, *results, *scratch)),
         out_type=tuple(results.values()),
         scratch_types=list(scratch.values()),
-        grid=(blocks,),
-        grid_names=("block",),
+        grid=(shape.shares, shape.head_blocks),
+        grid_names=("share", "head_block"),
         num_threads=SUMMERS + 2,
         thread_name="warpgroup",
         kernel_name="mla_decode",
@@ -167,9 +169,8 @@ def _launch(shape: MlaShape, operands: dict[str, Array], interpret: Any) -> tupl
 
 def _mla_kernel(shape: MlaShape, names: tuple[str, ...], *all_refs: Any) -> None:
     refs, config = MlaRefs(**dict(zip(names, all_refs, strict=True))), shape.config
-    block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-    share = lax.div(block, jnp.int32(shape.head_blocks))
-    head_block = lax.rem(block, jnp.int32(shape.head_blocks))
+    share, head_block = lax.axis_index("share"), lax.axis_index("head_block")
+    warpgroup = lax.axis_index("warpgroup")
     schedule = plan_share(
         share,
         shape.shares,

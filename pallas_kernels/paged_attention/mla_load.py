@@ -1,7 +1,7 @@
 """Loads of the latent-attention kernel on Hopper: the warpgroup that copies to shared memory."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -15,9 +15,19 @@ from pallas_kernels.paged_attention.schedule import Schedule, Segment
 
 def load_tiles(shape: MlaShape, refs: MlaRefs, schedule: Schedule, head_block: Array) -> None:
     """Copies the queries and keys of the block's segments to shared memory."""
+    zero = jnp.int32(0)
     pool_start = refs.layer[0] * (shape.pages * shape.page)
     loader = _Loader(shape=shape, refs=refs, head_block=head_block, pool_start=pool_start)
-    schedule.for_each_segment(loader.load_segment, (jnp.int32(0), jnp.int32(0)))
+    schedule.for_each_segment(loader.load_segment, (zero, zero))
+
+
+class _Part(NamedTuple):
+    """A part of a tile: the barriers of its place, and its features."""
+
+    free: Any
+    target: Any
+    full: Any
+    columns: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,37 +68,33 @@ class _Loader:
         plgpu.copy_gmem_to_smem(rope, refs.q_rope.at[own], refs.q_full)
 
     def _load_tile(self, tile: Array, segment: Segment, start: Array, pages: list[Array]) -> None:
-        shape, refs = self.shape, self.refs
-        slot = lax.rem(tile, jnp.int32(shape.config.stages))
-        reused = tile >= shape.config.stages
+        shape = self.shape
         copies = [
             (self._row_of(start, i, page), start + i * shape.copy_rows < segment.length)
             for i, page in enumerate(pages)
         ]
-        parts = [
-            (refs.latent_free.at[slot * CHUNKS + chunk], refs.latent.at[slot, chunk],
-             refs.latent_full.at[slot * CHUNKS + chunk], pl.ds(chunk * shape.chunk, shape.chunk))
-            for chunk in range(CHUNKS)
-        ]  # fmt: skip
-        rope_columns = pl.ds(shape.dv, ROPE)
-        parts.append(
-            (refs.rope_free.at[slot], refs.rope.at[slot], refs.rope_full.at[slot], rope_columns)
-        )
-        if shape.config.prefetch:
-            for row, visible in copies:
-                for *_, columns in parts:
-                    source = refs.pages.at[pl.ds(row, shape.copy_rows), columns]
-                    pl.when(visible & reused)(_prefetcher(source))
-        for free, target, full, columns in parts:
+        for part in self._parts_of(tile):
 
-            @pl.when(reused)
-            def _(free: Any = free):
-                plgpu.barrier_wait(free)
+            @pl.when(tile >= shape.config.stages)
+            def _(part: _Part = part):
+                plgpu.barrier_wait(part.free)
 
             for i, (row, visible) in enumerate(copies):
-                source = refs.pages.at[pl.ds(row, shape.copy_rows), columns]
-                part = target.at[pl.ds(i * shape.copy_rows, shape.copy_rows)]
-                _copy_if(visible, source, part, full)
+                source = self.refs.pages.at[pl.ds(row, shape.copy_rows), part.columns]
+                target = part.target.at[pl.ds(i * shape.copy_rows, shape.copy_rows)]
+                _copy_if(visible, source, target, part.full)
+
+    def _parts_of(self, tile: Array) -> list[_Part]:
+        """Returns the parts of a tile in the order in which they are needed."""
+        shape, refs = self.shape, self.refs
+        slot = lax.rem(tile, jnp.int32(shape.config.stages))
+        parts = []
+        for chunk in range(CHUNKS):
+            index, columns = slot * CHUNKS + chunk, pl.ds(chunk * shape.chunk, shape.chunk)
+            free, full = refs.latent_free.at[index], refs.latent_full.at[index]
+            parts.append(_Part(free, refs.latent.at[slot, chunk], full, columns))
+        free, full = refs.rope_free.at[slot], refs.rope_full.at[slot]
+        return [*parts, _Part(free, refs.rope.at[slot], full, pl.ds(shape.dv, ROPE))]
 
     def _row_of(self, start: Array, index: int, page: Array) -> Array:
         """Returns where in the pool a copy of the tile at `start` begins."""
@@ -105,15 +111,8 @@ class _Loader:
         return [self.refs.page_table[segment.row, jnp.minimum(c, last)] for c in columns]
 
 
-def _prefetcher(source: Any) -> Any:
-    def prefetch() -> None:
-        plgpu.async_prefetch(source)
-
-    return prefetch
-
-
 def _copy_if(visible: Array, source: Any, target: Any, full: Any) -> None:
-    """Copies, or only arrives: scores of what is not copied are hidden, and its values cleared."""
+    """Copies, or only arrives: what is not copied is hidden, and its values are cleared."""
 
     def copy() -> None:
         plgpu.copy_gmem_to_smem(source, target, full)

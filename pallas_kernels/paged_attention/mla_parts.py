@@ -16,7 +16,6 @@ from jaxtyping import Array
 
 from pallas_kernels.paged_attention.mla_shape import (
     HEADS,
-    MERGE_COLUMNS,
     SUMMERS,
     MlaRefs,
     MlaShape,
@@ -25,6 +24,10 @@ from pallas_kernels.paged_attention.rows import along, full, load, store
 from pallas_kernels.paged_attention.schedule import Schedule, Segment
 
 LN_2 = 0.6931471805599453
+MERGES = (64, 2), (16, 8)
+"""Features that a warpgroup merges at a time, and parts that it reads at once: for a row that few
+blocks share, and for one that many do."""
+FEW_WARPGROUPS = 8
 SIGNALS = SUMMERS + 1
 """Warpgroups that save something of a part."""
 
@@ -77,6 +80,16 @@ class Parts:
             first = self.row_of(segment).first
             plgpu.semaphore_signal(self._signal_of(first), memory_scope="gpu")
 
+    def end_block(self) -> None:
+        """Says that a warpgroup has saved its own of all parts of the block."""
+        if self.saved is None:
+            plgpu.barrier_arrive(self.refs.block_saved)
+
+    def wait_for_block(self) -> None:
+        """Waits for all warpgroups of the block, where no signals would do so later."""
+        if self.saved is None:
+            plgpu.barrier_wait(self.refs.block_saved)
+
     def _signal_of(self, share: Array) -> Any:
         return self.saved.at[share * self.shape.head_blocks + self.head_block]
 
@@ -96,19 +109,22 @@ class Parts:
             shared = shared._replace(
                 last=jnp.where(self.share == shared.last, shared.last, jnp.int32(-1))
             )
-        units = jnp.int32(self.shape.dv // MERGE_COLUMNS)
+        few = workers <= FEW_WARPGROUPS
+        for (features, at_once), chosen in zip(MERGES, (few, jnp.logical_not(few)), strict=True):
+            units = jnp.int32(self.shape.dv // features)
 
-        def merge_unit(index: Array, _: None) -> None:
-            self._merge_unit(shared, worker + index * workers)
+            def merge_unit(index: Array, _: None, features=features, at_once=at_once) -> None:
+                self._merge_unit(shared, worker + index * workers, features, at_once)
 
-        @pl.when(shared.last >= 0)
-        def _():
-            lax.fori_loop(0, pl.cdiv(jnp.maximum(units - worker, 0), workers), merge_unit, None)
+            @pl.when(chosen & (shared.last >= 0))
+            def _(units=units, merge_unit=merge_unit):
+                own = pl.cdiv(jnp.maximum(units - worker, 0), workers)
+                lax.fori_loop(0, own, merge_unit, None)
 
-    def _merge_unit(self, shared: SharedRow, unit: Array) -> None:
-        """Merges `MERGE_COLUMNS` features of all parts of a row."""
-        refs, at_once = self.refs, self.shape.config.merge_at_once
-        columns = pl.ds(unit * MERGE_COLUMNS, MERGE_COLUMNS)
+    def _merge_unit(self, shared: SharedRow, unit: Array, features: int, at_once: int) -> None:
+        """Merges some features of all parts of a row."""
+        refs = self.refs
+        columns = pl.ds(unit * features, features)
 
         def add_several(index: Array, merged: _Merged) -> _Merged:
             shares = [shared.first + index * at_once + i for i in range(at_once)]
@@ -121,13 +137,11 @@ class Parts:
                 merged = _combine(merged, part._replace(highest=part.highest + absent))
             return merged
 
-        start = _Merged(
-            full((HEADS, MERGE_COLUMNS), 0.0), full((HEADS,), -jnp.inf), full((HEADS,), 0.0)
-        )
+        start = _Merged(full((HEADS, features), 0.0), full((HEADS,), -jnp.inf), full((HEADS,), 0.0))
         rounds = pl.cdiv(shared.last - shared.first + 1, jnp.int32(at_once))
         merged = lax.fori_loop(0, rounds, add_several, start)
         index = shared.row * self.shape.head_blocks + self.head_block
-        out = merged.sums * along(1.0 / merged.total, MERGE_COLUMNS)
+        out = merged.sums * along(1.0 / merged.total, features)
         store(refs.out.at[index, :, columns], out.astype(refs.out.dtype))
 
         @pl.when(unit == 0)
@@ -144,5 +158,6 @@ def _combine(one: _Merged, other: _Merged) -> _Merged:
     highest = jnp.maximum(one.highest, other.highest)
     keep = jnp.exp2(one.highest - highest)
     grow = jnp.exp2(other.highest - highest)
-    sums = one.sums * along(keep, MERGE_COLUMNS) + other.sums * along(grow, MERGE_COLUMNS)
+    features = one.sums.shape[1]
+    sums = one.sums * along(keep, features) + other.sums * along(grow, features)
     return _Merged(sums, highest, one.total * keep + other.total * grow)

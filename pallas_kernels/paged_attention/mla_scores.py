@@ -27,6 +27,7 @@ def weigh_tiles(
     """Computes the weights of the block's segments, and what the sums of each end with."""
     weigher = _Weigher(shape=shape, refs=refs, head_block=head_block, parts=parts)
     schedule.for_each_segment(weigher.weigh_segment, (jnp.int32(0), jnp.int32(0)))
+    parts.end_block()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,13 +78,14 @@ class _Weigher:
         factor = shape.scale * LOG2_E
         highest = in_rows(jnp.maximum(before, scores.max(axis=1) * factor))
         keep = jnp.exp2(before - highest)
-        weights = in_rows(jnp.exp2(scores * factor - along(highest, KV_BLOCK)))
-        total = in_rows(total * keep + weights.sum(axis=1))
-        refs.rope.at[slot][...] = in_rows(weights.astype(refs.rope.dtype))
+        # The sums are scaled down while the weights are computed.
         store(refs.keep.at[slot], keep)
+        plgpu.barrier_arrive(refs.keep_full.at[slot])
+        weights = in_rows(jnp.exp2(scores * factor - along(highest, KV_BLOCK)))
+        refs.rope.at[slot][...] = in_rows(weights.astype(refs.rope.dtype))
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs.weights_full.at[slot])
-        return highest, total
+        return highest, in_rows(total * keep + weights.sum(axis=1))
 
     def _multiply(self, slot: Array) -> Array:
         """Returns the products of the queries and the keys of a tile."""

@@ -16,8 +16,6 @@ CHUNKS = 4
 OWN_CHUNKS = CHUNKS // SUMMERS
 """Those of one warpgroup. One product of all of them would need more registers than a thread of
 four warpgroups may start with."""
-MERGE_COLUMNS = 16
-"""Features that a warpgroup merges at a time, of a row that several blocks share."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,10 +28,6 @@ class MlaConfig:
     """Tiles that a block holds in shared memory."""
     min_tiles: int = 2
     """Tiles of a share at least: fewer shares leave less to merge."""
-    merge_at_once: int = 8
-    """Parts of a row that are read at once when it is merged."""
-    prefetch: bool = True
-    """Whether a tile is brought to the L2 cache while it waits for its place."""
     in_registers: bool = True
     """Whether sums stay in registers between products: the interpreter knows no such products."""
     synchronize: bool = True
@@ -109,6 +103,9 @@ class MlaRefs:
     latent_free: Any
     rope_full: Any
     rope_free: Any
+    keep_full: Any
     weights_full: Any
     inverse_full: Any
     inverse_free: Any
+    block_saved: Any
+    """Where the warpgroups of a block meet before they merge, if no signals tell."""

@@ -19,6 +19,7 @@ from pallas_kernels.paged_attention.mla_shape import (
     HEADS,
     KV_BLOCK,
     OWN_CHUNKS,
+    SUMMERS,
     MlaRefs,
     MlaShape,
 )
@@ -47,6 +48,8 @@ def sum_values(
     _, from_earlier, into_later = schedule.for_each_segment(
         summer.sum_segment, (jnp.int32(0), none, none)
     )
+    parts.end_block()
+    parts.wait_for_block()
     parts.merge(from_earlier, summer.warpgroup)
     parts.merge(into_later, summer.warpgroup)
 
@@ -78,7 +81,8 @@ class _Summer:
         return tiles + segment.count, from_earlier, _replace_row(into_later, row, split)
 
     def _own_chunk(self, index: int) -> Array:
-        return self.warpgroup * OWN_CHUNKS + index
+        # The warpgroups are done with their first chunks at the same time, which are loaded first.
+        return index * SUMMERS + self.warpgroup
 
     def _columns(self, index: int) -> Any:
         """Returns the features of one of the warpgroup's chunks."""
@@ -89,9 +93,10 @@ class _Summer:
         refs = self.refs
         slot = lax.rem(tile, jnp.int32(self.shape.config.stages))
         values = [refs.latent.at[slot, self._own_chunk(i)] for i in range(OWN_CHUNKS)]
-        plgpu.barrier_wait(refs.weights_full.at[slot])
+        plgpu.barrier_wait(refs.keep_full.at[slot])
         keep = along(load(refs.keep.at[slot]), self.shape.chunk)
-        kept = [in_rows(chunk * keep) for chunk in sums]
+        kept = lax.optimization_barrier([in_rows(chunk * keep) for chunk in sums])
+        plgpu.barrier_wait(refs.weights_full.at[slot])
 
         @pl.when(visible < KV_BLOCK)
         def _():
@@ -99,18 +104,22 @@ class _Summer:
                 _clear(chunk, visible)
             plgpu.commit_smem()
 
-        added = self._multiply(kept, refs.rope.at[slot], values)
-        for i in range(OWN_CHUNKS):
-            plgpu.barrier_arrive(refs.latent_free.at[slot * CHUNKS + self._own_chunk(i)])
+        free = [refs.latent_free.at[slot * CHUNKS + self._own_chunk(i)] for i in range(OWN_CHUNKS)]
+        added = self._multiply(kept, refs.rope.at[slot], values, free)
         plgpu.barrier_arrive(refs.rope_free.at[slot])
         return added
 
-    def _multiply(self, sums: list[Array], weights: Any, values: list[Any]) -> Sums:
-        """Returns the sums with the weighted values of a tile."""
+    def _multiply(
+        self, sums: list[Array], weights: Any, values: list[Any], free: list[Any]
+    ) -> Sums:
+        """Returns the sums with the weighted values of a tile, whose places it frees."""
 
         def multiply(products: Any) -> None:
             for product, chunk in zip(products, values, strict=True):
                 plgpu.wgmma(product, weights, chunk)
+            for index, barrier in enumerate(free):
+                plgpu.wgmma_wait(OWN_CHUNKS - 1 - index)
+                plgpu.barrier_arrive(barrier)
 
         def multiply_from_zero(product: Any, chunk: Any) -> Array:
             plgpu.wgmma(product, weights, chunk)
@@ -125,6 +134,8 @@ class _Summer:
             pl.run_scoped(functools.partial(multiply_from_zero, chunk=chunk), accumulator)
             for chunk in values
         ]
+        for barrier in free:
+            plgpu.barrier_arrive(barrier)
         return tuple(in_rows(one + other) for one, other in zip(sums, products, strict=True))
 
     def _finish(self, segment: Segment, sums: Sums) -> None:
