@@ -129,7 +129,7 @@ class _Summer:
             start: Any = [plgpu.WGMMAAccumulatorRef.init(chunk) for chunk in sums]
             added: Any = pl.run_state(multiply)(start)
             return tuple(in_rows(chunk) for chunk in added)
-        accumulator = plgpu.WGMMAAccumulatorRef(sums[0].shape, jnp.float32)
+        accumulator = plgpu.WGMMAAccumulatorRef((HEADS, self.shape.chunk), jnp.float32)
         products = [
             pl.run_scoped(functools.partial(multiply_from_zero, chunk=chunk), accumulator)
             for chunk in values
