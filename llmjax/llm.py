@@ -28,7 +28,7 @@ from llmjax.engine.request import Request
 from llmjax.engine.runner import Runner
 from llmjax.models.registry import find_family
 from llmjax.outputs import Completion, Delta, RequestOutput, describe_logprobs
-from llmjax.plans import check_that_it_runs, resolve
+from llmjax.plans import resolve
 from llmjax.prompts import Prompt, as_batch, encode_prompt, prompt_text
 from llmjax.tokenizer import load_tokenizer
 from llmjax.weights import EMBEDDED_MODEL, open_checkpoint
@@ -78,7 +78,6 @@ class LLM:
         )
         self.plan, given = resolve(plan, options, allow_unsupported=allow_unsupported)
         engine_config = EngineConfig.from_keywords(given)
-        check_that_it_runs(self.plan)
         if load_format not in ("auto", "dummy"):
             raise ConfigError(f'load_format={load_format!r} is unknown: use "auto" or "dummy".')
         reserve_memory()

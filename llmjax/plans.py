@@ -58,16 +58,6 @@ def resolve(
     return deployment.plan, options
 
 
-def check_that_it_runs(plan: ParallelPlan) -> None:
-    """Refuses plans that can be laid out, but do not run yet.
-
-    Raises:
-        PlanError: the plan has context ranks.
-    """
-    if plan.cp > 1:
-        raise PlanError(f"cp={plan.cp}: context parallelism does not run yet, use cp=1.")
-
-
 def _rename(keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Our names for vLLM's words, without what is None."""
     spelled: dict[str, str] = {}

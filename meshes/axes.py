@@ -7,6 +7,7 @@ LOGICAL_AXES = {
     "layers": "the stacked layers of a model",
     "requests": "rows of the batch: one row a running request",
     "tokens": "tokens of a step, those of one batch rank beside each other",
+    "context": "parts that the tokens and the keys of one sequence are split into",
     "pages": "pages of the KV cache",
     "heads": "query head slots",
     "kv_heads": "key/value head slots",

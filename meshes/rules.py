@@ -34,21 +34,24 @@ class Rules:
             "partial": (("dp", "ep"), ("tp",)),
         }[self.plan.attention_dp]
         tokens = _ordered((*batch, "cp"))
-        vocab = ("pp", *model)
+        # With Helix, context ranks are tensor ranks wherever nothing depends on the context.
+        helix = ("cp",) if self.plan.cp_type == "HELIX" else ()
+        ffn, vocab = (*helix, *model), ("pp", *helix, *model)
         return {
             "layers": ("pp",),
             "requests": batch,
             "tokens": tokens,
+            "context": ("cp",),
             "pages": tokens,
             "heads": heads,
             "kv_heads": heads,
             "head_dim": (),
             "embed": (),
-            "ffn": model,
-            "ffn_tokens": _without(tokens, model),
+            "ffn": ffn,
+            "ffn_tokens": _without(tokens, ffn),
             "vocab": vocab,
             "sampler_requests": _without(batch, vocab),
-            "experts": ("ep",),
+            "experts": (*helix, "ep"),
             "expert_ffn": ("tp",),
         }
 

@@ -12,11 +12,15 @@ from pallas_kernels.grouped_gemm import (
     top_k,
 )
 from pallas_kernels.paged_attention import paged_attention, store_rows
+from pallas_kernels.reference import NO_ROW, Places, block_attention, visible_blocks
 
 __all__ = [
+    "NO_ROW",
+    "Places",
     "QuantizedMatrices",
     "QuantizedRows",
     "SortedRows",
+    "block_attention",
     "gather_rows",
     "grouped_gemm",
     "paged_attention",
@@ -25,4 +29,5 @@ __all__ = [
     "sort_rows",
     "store_rows",
     "top_k",
+    "visible_blocks",
 ]

@@ -88,7 +88,6 @@ def test_an_unknown_architecture_is_refused_with_those_that_run(tmp_path):
         (dict(plan=ParallelPlan(tp=2), tensor_parallel_size=2), "A plan and .* were given"),
         (dict(data_parallel_size=0), "=0 is not a size: use a whole number from 1 up"),
         (dict(plan=ParallelPlan(pp=31)), "more pipeline stages than the model has layers"),
-        (dict(plan=ParallelPlan(cp=2)), "context parallelism does not run yet"),
     ],
     ids=str,
 )

@@ -99,7 +99,6 @@ def test_a_published_key_that_cannot_be_honoured_can_be_dropped():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (dict(context_parallel_size=2), "cp=2: context parallelism does not run yet"),
         (dict(pp_partition=[7]), r"pp_partition=\[7\] deals out 7 layers, and the model has \d+"),
         (
             dict(gpus_per_node=3),

@@ -43,7 +43,7 @@ class Bucket:
     prefill_rows: int
     """Rows with any number of tokens."""
     width: int
-    """Pages of a row."""
+    """Blocks of a row."""
 
     @property
     def tokens(self) -> int:
@@ -62,9 +62,9 @@ class Bucket:
             "ids": (self.tokens,),  # token ids
             "token_source": (self.decodes,),  # slot whose last token is read instead of ids; or -1
             "positions": (self.tokens,),  # position in the request
-            "cache_slots": (self.tokens,),  # page * page_size + offset; or -1
+            "cache_slots": (self.tokens,),  # block * block_size + offset; or -1
             "targets": (self.prefill_tokens,),  # next token, where it is to be scored; or -1
-            "page_table": (self.rows, self.width),
+            "page_table": (self.rows, self.width),  # blocks of each row
             "lengths": (self.rows,),  # cached tokens with this step's; 0 for an unused row
             "prefill_start": (self.prefill_rows + 1,),
             "sample_token": (self.rows,),  # token whose hidden state each row samples from

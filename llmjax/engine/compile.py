@@ -30,11 +30,13 @@ def choose_buckets(
     width: int,
     config: EngineConfig,
     num_stages: int = 1,
+    context_ranks: int = 1,
 ) -> tuple[Bucket, ...]:
     """Decode buckets of several batch sizes, and prefill buckets that hold any batch size.
 
     Each stage of a pipeline has its share of the batch, so no step decodes more than that; and a
-    prefill bucket holds a share of the longest step.
+    prefill bucket holds a share of the longest step. Sizes are rounded up to multiples of the
+    context ranks, which share a bucket's tokens.
 
     Raises:
         ConfigError: buckets that were asked for do not cover the largest batch or step.
@@ -53,7 +55,8 @@ def choose_buckets(
             raise ConfigError(
                 f"{key} ends at {sizes[-1]}, below {limit}={needed}: add a bucket of {needed}."
             )
-    batches = sorted({min(batch, batch_share) for batch in batches})
+    batches = tuple(sorted({min(batch, batch_share) for batch in batches}))
+    batches, prefills = (_round_up(sizes, context_ranks) for sizes in (batches, prefills))
     decodes = [
         Bucket(prefill_tokens=0, decodes=batch, prefill_rows=0, width=width) for batch in batches
     ]
@@ -162,6 +165,10 @@ def count_pages(
 
 CPU_POOL_BYTES = 2**30
 """KV cache of all batch ranks on CPU."""
+
+
+def _round_up(sizes: Sequence[int], divisor: int) -> tuple[int, ...]:
+    return tuple(sorted({size + -size % divisor for size in sizes}))
 
 
 def _geometric(first: int, last: int) -> tuple[int, ...]:

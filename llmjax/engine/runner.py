@@ -107,12 +107,17 @@ class Runner:
         """
         self.num_pages = self._count_pages(self.max_seq_len)
         # The pool may hold less than the context; what it holds is what can be promised.
-        self.max_seq_len = min(self.max_seq_len, self.num_pages * self.page_size)
+        self.max_seq_len = min(self.max_seq_len, self.num_pages * self.block_size)
         with self._tracing():
             make_state = jax.jit(partial(self._empty_state, self.num_pages))
             self.state: EngineState = make_state()
             self._steps = self._compile()
             self._fill_slot = self._compile_fill_slot()
+
+    @property
+    def block_size(self) -> int:
+        """Positions of a block: a page on each context rank. The scheduler deals in blocks."""
+        return self.page_size * self.rules.size("context")
 
     @property
     def num_ranks(self) -> int:
@@ -127,7 +132,7 @@ class Runner:
             max_batch_size=self.max_batch_size,
             max_num_tokens=self.max_num_tokens,
             max_prefill_requests=self.prefill_rows,
-            page_size=self.page_size,
+            page_size=self.block_size,
             num_pages=self.num_pages,
             max_seq_len=self.max_seq_len,
             num_stages=self.num_stages,
@@ -173,7 +178,7 @@ class Runner:
         return pack_schedule(
             schedule or nothing,
             bucket,
-            page_size=self.page_size,
+            page_size=self.block_size,
             max_batch_size=self.max_batch_size,
             sampling_of=self._sampling_of,
         )
@@ -213,7 +218,7 @@ class Runner:
         request = Request(
             id=0, prompt_ids=tuple(ids), params=SamplingParams(), max_tokens=1, stop_ids=frozenset()
         )
-        pages = -(-len(ids) // self.page_size)
+        pages = -(-len(ids) // self.block_size)
         work = Work(
             request=request,
             start=0,
@@ -224,14 +229,16 @@ class Runner:
         )
         # The first batch rank computes the prompt; the others idle.
         ranks = ((work,), *((),) * (self.num_ranks - 1))
-        bucket = Bucket(prefill_tokens=len(ids), decodes=1, prefill_rows=1, width=pages)
+        context = self.rules.size("context")
+        padded = len(ids) + -len(ids) % context
+        bucket = Bucket(prefill_tokens=padded, decodes=context, prefill_rows=1, width=pages)
         schedule = Schedule(index=0, ranks=ranks, admitted=(), preempted=())
         packed = np.stack([self._pack(schedule, bucket)] * self.num_stages)
         empty_state = partial(self._empty_state, pages, bucket.tokens)
         with self._tracing():
             compute = jax.jit(self.maker.make_logits(bucket, empty_state))
             logits = compute(self.weights, self._put(packed, None, "requests", None))
-        return np.asarray(logits)
+        return np.asarray(logits)[: len(ids)]
 
     def _make_maker(self) -> StepMaker:
         graph, state = nnx.split(abstract_decoder(self.config, self.rules, self.dtype))
@@ -264,7 +271,8 @@ class Runner:
             max_batch_size=self.max_batch_size,
             max_num_tokens=self.max_num_tokens,
             prefill_rows=self.prefill_rows,
-            width=-(-longest // self.page_size),
+            width=-(-longest // self.block_size),
+            context_ranks=self.rules.size("context"),
             config=self.engine,
             num_stages=self.num_stages,
         )
@@ -294,7 +302,7 @@ class Runner:
     def _empty_stages(self, tokens: int) -> jax.Array | None:
         if self.num_stages == 1:
             return None
-        shape = (self.num_stages, tokens * self.rules.size("tokens"), self.config.hidden_size)
+        shape = (self.num_stages, tokens * self.rules.size("requests"), self.config.hidden_size)
         spec = self.rules.spec("layers", "tokens", None)
         return jnp.zeros(shape, self.dtype, out_sharding=spec)
 
@@ -302,7 +310,7 @@ class Runner:
         """Pages of a batch rank: what was asked for, or what the memory holds."""
         engine = self.engine
         if engine.kv_cache_max_tokens:
-            pages = -(-engine.kv_cache_max_tokens // self.page_size)
+            pages = -(-engine.kv_cache_max_tokens // self.block_size)
         else:
             with self._tracing():
                 page = jax.eval_shape(partial(self._empty_state, 1)).cache
@@ -313,14 +321,14 @@ class Runner:
                 weight_bytes=_device_bytes(self.weights),
                 measure_temporaries=self._measure_temporaries,
                 fraction=engine.free_gpu_memory_fraction,
-                min_pages=-(-promised // self.page_size),
+                min_pages=-(-promised // self.block_size),
                 num_ranks=self.num_ranks,
             )
-        if engine.max_seq_len and pages * self.page_size < longest:
+        if engine.max_seq_len and pages * self.block_size < longest:
             raise ConfigError(
-                f"max_seq_len={longest} takes {-(-longest // self.page_size)} pages of KV cache "
+                f"max_seq_len={longest} takes {-(-longest // self.block_size)} pages of KV cache "
                 f"for a request, and a batch rank holds {pages}: use max_seq_len="
-                f"{pages * self.page_size} or less, or more memory for the cache."
+                f"{pages * self.block_size} or less, or more memory for the cache."
             )
         return pages
 

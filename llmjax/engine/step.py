@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llmjax.config import LogitsProcessor
 from llmjax.engine.batch import FLOAT_COLUMNS, Bucket, split_fields
@@ -19,7 +20,8 @@ from llmjax.layers.sampler import Sampled, SampleRows, sample
 from llmjax.layers.sampler_state import SamplerState
 from llmjax.layers.vocabulary import cap_softly
 from llmjax.models.decoder import Decoder, RunOptions
-from llmjax.parallel.collectives import all_gather, axis_index, island
+from llmjax.parallel.collectives import all_gather, axis_index, island, pmax
+from llmjax.parallel.context import TokenDeal, restore, select_tokens
 from llmjax.parallel.pipeline import Held, count_stage_tokens
 from llmjax.weights.model import Weights
 from meshes import Rules
@@ -103,8 +105,9 @@ class StepMaker:
                 inputs.ids, state.cache, inputs.placement, state.held, options=self.options
             )
             rows = read_sampling(inputs.sampling, rules=self.rules)
+            tokens = deal_tokens(bucket, self.rules)
             sampled, sampler = sample(
-                select_rows(hidden, inputs.sample_token, rules=self.rules),
+                select_tokens(hidden, inputs.sample_token, tokens, rules=self.rules),
                 decoder.head,
                 rows,
                 state.sampler,
@@ -125,6 +128,7 @@ class StepMaker:
                     max_logprobs=self.max_logprobs,
                     soft_cap=self.soft_cap,
                 )
+                prompt = jax.tree.map(partial(restore, tokens=tokens, rules=self.rules), prompt)
             counted = count_stage_tokens(inputs.placement.slots >= 0, rules=self.rules)
             # Every process reads the tokens, so that all of them schedule alike.
             output = StepOutput(sampled=sampled, prompt=prompt, stage_tokens=counted)
@@ -149,6 +153,7 @@ class StepMaker:
                 hidden, cache, held = decoder(
                     inputs.ids, cache, inputs.placement, held, options=self.options
                 )
+            hidden = restore(hidden, deal_tokens(bucket, self.rules), rules=self.rules)
             prefilled = replicate(hidden)[bucket.decodes : bucket.tokens]
             logits = jnp.einsum(
                 "te,ev->tv",
@@ -174,7 +179,8 @@ def unpack(
 
     The micro-batch that enters leads the stages, the one that leaves is the last.
     """
-    stages = rules.axes("layers")
+    stages, context = rules.axes("layers"), rules.axes("context")
+    tokens = deal_tokens(bucket, rules)
 
     def body(packed: Array, last_tokens: Array) -> StepInput:
         entering, leaving = (split_fields(packed[stage, 0], bucket) for stage in (0, -1))
@@ -182,13 +188,19 @@ def unpack(
         source = entering["token_source"]
         newest = last_tokens[0, jnp.maximum(source, 0)]
         decode_ids = jnp.where(source >= 0, newest, entering["ids"][: bucket.decodes])
+        ids = jnp.concatenate([decode_ids, entering["ids"][bucket.decodes :]])
         unscored = jnp.full(bucket.decodes, -1, jnp.int32)
+        targets = jnp.concatenate([unscored, leaving["targets"]])
+        take = partial(tokens.take, rank=axis_index(context))
         return StepInput(
-            ids=jnp.concatenate([decode_ids, entering["ids"][bucket.decodes :]]),
-            targets=jnp.concatenate([unscored, leaving["targets"]]),
+            ids=take(ids),
+            targets=take(targets),
             placement=Placement(
-                positions=own["positions"][None],
-                slots=own["cache_slots"][None],
+                positions=take(own["positions"])[None],
+                slots=take(own["cache_slots"])[None],
+                all_positions=own["positions"][None, None],
+                all_slots=own["cache_slots"][None, None],
+                has_context=_any_has_context(packed[:, 0], bucket, rules)[None, None],
                 page_table=own["page_table"][None, None],
                 lengths=own["lengths"][None, None],
                 prefill_start=own["prefill_start"][None, None],
@@ -198,12 +210,12 @@ def unpack(
         )
 
     # Specs stand in the places of arrays, which type checkers cannot know.
-    tokens: Any = rules.spec("tokens")
+    by_token: Any = rules.spec("tokens")
     ranks: Any = rules.spec("requests")
     per_rank: Any = rules.spec("requests", None)
     specs = StepInput(
-        ids=tokens,
-        targets=tokens,
+        ids=by_token,
+        targets=by_token,
         placement=placement_specs(rules, by_stage=True),
         sample_token=ranks,
         sampling=per_rank,
@@ -212,6 +224,25 @@ def unpack(
         return island(
             body, in_specs=(rules.spec(None, "requests", None), per_rank), out_specs=specs
         )(packed, last_tokens)
+
+
+def deal_tokens(bucket: Bucket, rules: Rules) -> TokenDeal:
+    """How the tokens of a step lie on the context ranks of a batch rank."""
+    return TokenDeal(bucket.decodes, bucket.prefill_tokens, rules.size("context"))
+
+
+def _any_has_context(
+    stages: Int[Array, "stages numbers"], bucket: Bucket, rules: Rules
+) -> Bool[Array, ""]:
+    """Whether any prefill has something cached; all devices get the same answer."""
+    if rules.size("context") == 1:
+        return jnp.bool_(False)
+    found = jnp.int32(0)
+    for packed in stages:
+        fields = split_fields(packed, bucket)
+        starts, lengths = fields["prefill_start"], fields["lengths"][bucket.decodes :]
+        found |= jnp.any(lengths > starts[1:] - starts[:-1])
+    return pmax(found, rules.axes("requests")) > 0
 
 
 def read_sampling(columns: Int[Array, "rows columns"], *, rules: Rules) -> SampleRows:
@@ -241,17 +272,6 @@ def read_sampling(columns: Int[Array, "rows columns"], *, rules: Rules) -> Sampl
     )(columns)
 
 
-def select_rows(
-    hidden: Float[Array, "tokens embed"], index: Int[Array, "rows"], *, rules: Rules
-) -> Float[Array, "rows embed"]:
-    """The hidden states that rows sample from; `index` counts the own batch rank's tokens."""
-    return island(
-        _take,
-        in_specs=(rules.spec("tokens", None), rules.spec("requests")),
-        out_specs=rules.spec("requests", None),
-    )(hidden, index)
-
-
 def remember_tokens(
     last_tokens: Int[Array, "ranks slots"],
     tokens: Int[Array, "rows"],
@@ -278,10 +298,6 @@ def remember_tokens(
 def replicate(x: Array) -> Array:
     """The whole array on every device."""
     return jax.sharding.reshard(x, PartitionSpec())
-
-
-def _take(hidden: Array, index: Array) -> Array:
-    return hidden[index]
 
 
 def _identity(x: Any) -> Any:

@@ -13,7 +13,7 @@ from llmjax.explore.steps import Step, read_steps
 from llmjax.explore.table import Report, Table
 from llmjax.explore.tables import format_axes, format_bytes, format_shape, format_spec
 from llmjax.explore.traffic import ExpertTraffic, list_traffic
-from llmjax.plans import check_that_it_runs, resolve
+from llmjax.plans import resolve
 from meshes import ParallelPlan, Rules
 
 WHEN = {"always": "", "branch": "in a branch", "round": "each round"}
@@ -130,7 +130,6 @@ def describe(
     """
     plan, given = resolve(plan, options, allow_unsupported=allow_unsupported)
     engine = EngineConfig.from_keywords(given)
-    check_that_it_runs(plan)
     config = model if isinstance(model, ModelConfig) else read_config(model)
     plan.check_layers(config.num_layers)
     engine = replace(engine, dtype=engine.dtype or config.dtype)

@@ -50,7 +50,7 @@ def list_traffic(
         load = expert_load(
             experts,
             rules,
-            tokens=tokens,
+            tokens=-(-tokens // rules.size("context")),
             embed=config.hidden_size,
             itemsize=jnp.dtype(engine.dtype).itemsize,
             max_num_tokens=engine.moe_max_num_tokens,

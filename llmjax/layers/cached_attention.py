@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llmjax.layers.context_attention import ContextAttention
 from llmjax.layers.kv_cache import Cache, Placement, placement_specs
 from llmjax.layers.traits import LayerTraits
-from llmjax.parallel.collectives import island
+from llmjax.parallel.collectives import axis_size, island
 from meshes import Rules
 from pallas_kernels import paged_attention, store_rows
 
@@ -50,40 +51,23 @@ def attend[CacheT: Cache](
         head_axes: logical axes of `kv_heads` and `group`.
     """
 
+    context = rules.axes("context")
+
     def body(q, new, pages, layer, traits, placement: Placement, sinks):
-        pages = tuple(
-            store_rows(held, layer, rows, placement.slots)
-            for held, rows in zip(pages, new, strict=True)
-        )
         flat = q.reshape(q.shape[0], -1, q.shape[-1])
-        starts, lengths = placement.prefill_start[0], placement.lengths[0]
-        decodes = lengths.shape[0] - (starts.shape[0] - 1)
-
-        def read(queries: Array, rows: slice, row_starts: Array, longest: int) -> Array:
-            out, _ = paged_attention(
-                queries,
-                pages[0],
-                pages[1] if len(pages) > 1 else None,
-                layer,
-                placement.page_table[0, rows],
-                row_starts,
-                lengths[rows],
-                scale=scores.scale,
-                max_query_length=longest,
-                window=traits.window,
-                chunk=traits.chunk,
-                soft_cap=scores.soft_cap,
-                sinks=None if sinks is None else sinks.reshape(-1),
-                value_dim=scores.value_dim,
-            )
-            return out
-
-        # Decode and prefill are one batch to the matrix products and two parts here: a decode row
-        # has one query, which kernels treat in their own way.
-        out = read(flat[:decodes], slice(0, decodes), jnp.arange(decodes + 1), 1)
-        if prefills := flat.shape[0] - decodes:
-            prefilled = read(flat[decodes:], slice(decodes, None), starts, prefills)
-            out = jnp.concatenate([out, prefilled])
+        sinks = None if sinks is None else sinks.reshape(-1)
+        options = dict(
+            scale=scores.scale,
+            window=traits.window,
+            chunk=traits.chunk,
+            soft_cap=scores.soft_cap,
+            value_dim=scores.value_dim,
+        )
+        if axis_size(context) > 1:
+            attention = ContextAttention(pages, layer, placement, options, axes=context)
+            out, pages = attention(flat, new, sinks)
+        else:
+            out, pages = _attend_whole(flat, new, pages, layer, placement, sinks, options)
         return out.reshape(*q.shape[:-1], out.shape[-1]), pages
 
     spec = rules.spec
@@ -98,3 +82,44 @@ def attend[CacheT: Cache](
         out_specs=(grouped, held),
     )(q, tuple(new), tuple(cache), layer, traits, placement, sinks)
     return out, type(cache)._make(pages)
+
+
+def _attend_whole(
+    q: Float[Array, "tokens heads head_dim"],
+    new: Sequence[Float[Array, "tokens kv_heads _"]],
+    pages: tuple[Array, ...],
+    layer: Int[Array, ""],
+    placement: Placement,
+    sinks: Float[Array, " heads"] | None,
+    options: dict[str, Any],
+) -> tuple[Float[Array, "tokens heads value_dim"], tuple[Array, ...]]:
+    """Attention of a rank that has all tokens and all pages of its sequences."""
+    pages = tuple(
+        store_rows(held, layer, rows, placement.slots)
+        for held, rows in zip(pages, new, strict=True)
+    )
+    starts, lengths = placement.prefill_start[0], placement.lengths[0]
+    decodes = lengths.shape[0] - (starts.shape[0] - 1)
+
+    def read(queries: Array, rows: slice, row_starts: Array, longest: int) -> Array:
+        out, _ = paged_attention(
+            queries,
+            pages[0],
+            pages[1] if len(pages) > 1 else None,
+            layer,
+            placement.page_table[0, rows],
+            row_starts,
+            lengths[rows],
+            max_query_length=longest,
+            sinks=sinks,
+            **options,
+        )
+        return out
+
+    # Decode and prefill are one batch to the matrix products and two parts here: a decode row
+    # has one query, which kernels treat in their own way.
+    out = read(q[:decodes], slice(0, decodes), jnp.arange(decodes + 1), 1)
+    if prefills := q.shape[0] - decodes:
+        prefilled = read(q[decodes:], slice(decodes, None), starts, prefills)
+        out = jnp.concatenate([out, prefilled])
+    return out, pages

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from meshes import Rules
 
@@ -41,15 +41,24 @@ class Placement(NamedTuple):
     """Where the tokens of a step stand: in their requests, and in the cache.
 
     Each batch rank's tokens are its decode tokens, one a row, then its prefill tokens, rows beside
-    each other. Arrays of rows have a leading axis of batch ranks.
+    each other; context ranks hold a part of both. Arrays of rows have a leading axis of batch
+    ranks, and so has what context ranks know of all tokens of their batch rank.
+
+    A block of the cache is a page, or with context ranks one page on each of them.
     """
 
     positions: Int[Array, " tokens"]
     """Position of each token in its request; padding has 0."""
     slots: Int[Array, " tokens"]
-    """page * page_size + offset of each token; -1 for padding."""
+    """block * positions of a block + offset of each token; -1 for padding."""
+    all_positions: Int[Array, "ranks rank_tokens"]
+    """Positions of all tokens of the batch rank."""
+    all_slots: Int[Array, "ranks rank_tokens"]
+    """Slots of all tokens of the batch rank."""
+    has_context: Bool[Array, "ranks"]
+    """Whether any prefill of the whole mesh has something cached: the same everywhere."""
     page_table: Int[Array, "ranks rows width"]
-    """Pages of each row, decode rows first."""
+    """Blocks of each row, decode rows first."""
     lengths: Int[Array, "ranks rows"]
     """Cached tokens of each row, this step's included; 0 for an unused row."""
     prefill_start: Int[Array, "ranks prefill_rows_plus_one"]
@@ -66,4 +75,4 @@ def placement_specs(rules: Rules, *, by_stage: bool = False) -> Placement:
     """PartitionSpecs in the places of the arrays, which have pipeline stages in front or not."""
     stage = ("layers",) if by_stage else ()
     tokens, ranks = rules.spec(*stage, "tokens"), rules.spec(*stage, "requests")
-    return Placement._make((tokens, tokens, ranks, ranks, ranks))
+    return Placement._make((tokens, tokens, *(ranks,) * (len(Placement._fields) - 2)))

@@ -4,7 +4,7 @@ Each takes a tuple of mesh axis names as `meshes.Rules.axes` gives them and leav
 size one: XLA keeps such collectives, which costs a launch each and spoils counts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -74,6 +74,12 @@ def all_to_all(x: Any, axes: Axes) -> Any:
     """Sends the i-th of equal parts along the first axis to rank i, and joins what arrives."""
     axes = _wide(axes)
     return lax.all_to_all(x, axes, split_axis=0, concat_axis=0, tiled=True) if axes else x
+
+
+def ppermute(x: Any, axes: Axes, pairs: Sequence[tuple[int, int]]) -> Any:
+    """Sends this rank's array along the pairs (source, target) of ranks."""
+    axes = _wide(axes)
+    return lax.ppermute(x, axes, pairs) if axes else x
 
 
 def own_part(x: Any, axes: Axes, axis: int = 0) -> Any:

@@ -59,7 +59,7 @@ _SIZES: dict[str, Fate] = {
     "moe_cluster_parallel_size": Fixed((1,), "expert clusters do not exist here"),
     "pipeline_parallel_size": Honoured("pipeline_parallel_size", "`pp`: stages of layers"),
     "pp_partition": Honoured("pp_partition", "layers of each stage: as many numbers as stages"),
-    "context_parallel_size": Honoured("context_parallel_size", "`cp`; does not run yet above 1"),
+    "context_parallel_size": Honoured("context_parallel_size", "`cp`"),
     "cp_config.cp_type": Honoured("cp_type", "RING or HELIX; where it is left out, RING"),
     "data_parallel_size": Honoured("data_parallel_size", "`dp`: not a word of TensorRT-LLM's"),
     "gpus_per_node": Honoured("gpus_per_node", "checked against the devices of each process"),

@@ -36,6 +36,9 @@ def paged_attention(
     soft_cap: float | None = None,
     sinks: Float[Array, "heads"] | None = None,
     value_dim: int | None = None,
+    last_position: Int[Array, "rows"] | None = None,
+    page_stride: int = 1,
+    first_page: Int[Array, ""] | int = 0,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "tokens heads dv"], Float[Array, "tokens heads"]]:
     """Causal attention of ragged rows of queries over a paged cache, and its log-sum-exp.
@@ -46,6 +49,10 @@ def paged_attention(
     Queries outside every row give 0, and -inf as log-sum-exp. Without `v_pages`, values are the
     first `value_dim` features of the keys, as in multi-head latent attention. With
     `max_query_length=1` and as many queries as rows, row r owns query r.
+
+    With a `page_stride` of s the pages of a row are every s-th of its sequence, from page
+    `first_page` on, `lengths` counts the keys that are here, and the last query of each row stands
+    at `last_position`, which without it is `lengths - 1`.
 
     `implementation=None` takes the Hopper kernel for one query a row or for many where it can run,
     else the XLA reference. Naming one raises NotImplementedError for what it does not cover.
@@ -64,6 +71,8 @@ def paged_attention(
         decode = "decode_sm90" if v_pages is not None else "mla_decode_sm90"
         name = implementation or (decode if one_each else "prefill_sm90")
         try:
+            if last_position is not None or page_stride > 1:
+                raise NotImplementedError("takes all pages of a sequence")
             device = _hopper_device()
             if name != "prefill_sm90" and not one_each:
                 raise NotImplementedError(
@@ -89,6 +98,9 @@ def paged_attention(
         *operands,
         max_query_length=max_query_length,
         value_dim=value_dim,
+        last_position=last_position,
+        page_stride=page_stride,
+        first_page=first_page,
         **options,
     )
 

@@ -16,10 +16,11 @@ from llmjax import LLM, SamplingParams
 from llmjax.engine.batch import Bucket, pack_schedule, sampling_columns
 from llmjax.engine.request import Request
 from llmjax.engine.schedule import Schedule, Work
-from llmjax.engine.step import StepMaker, Weights, replicate, unpack
+from llmjax.engine.step import StepMaker, Weights, deal_tokens, replicate, unpack
 from llmjax.layers.kv_cache import Cache, empty_cache
 from llmjax.models.decoder import RunOptions, cache_shapes
 from llmjax.models.registry import find_family
+from llmjax.parallel.context import restore
 from llmjax.weights import open_checkpoint
 from llmjax.weights.model import abstract_decoder, load_model
 from meshes import ParallelPlan, Rules, make_mesh
@@ -100,8 +101,7 @@ class LogitsProgram:
     """
 
     prefill = 17
-    page_size = 4
-    bucket = Bucket(prefill_tokens=2 * prefill, decodes=2, prefill_rows=2, width=6)
+    rows = 2
 
     def __init__(self, folder: Path, plan: ParallelPlan, options: RunOptions) -> None:
         checkpoint = open_checkpoint(folder)
@@ -109,6 +109,16 @@ class LogitsProgram:
         config = family.read_config(checkpoint.config)
         dtype = jnp.dtype("float32")
         self.rules, self.mesh = Rules(plan), make_mesh(plan)
+        # Context ranks share the tokens of a step, and a block is a page of each of them.
+        context = self.rules.size("context")
+        page_size = 4 if context == 1 else 2
+        self.block_size = page_size * context
+        self.bucket = Bucket(
+            prefill_tokens=-(-2 * self.prefill // context) * context,
+            decodes=-(-self.rows // context) * context,
+            prefill_rows=self.rows,
+            width=-(-24 // self.block_size),
+        )
         self.weights = load_model(
             checkpoint, family, config, self.rules, self.mesh, dtype=dtype, progress=False
         )
@@ -124,10 +134,10 @@ class LogitsProgram:
             options=options,
         )
         pages = self.bucket.decodes * self.bucket.width * self.rules.size("pages")
-        shapes = cache_shapes(config, self.rules, pages=pages, page_size=self.page_size)
+        shapes = cache_shapes(config, self.rules, pages=pages, page_size=page_size)
         self.empty_cache = partial(empty_cache, shapes, dtype, self.rules)
         self.stages = self.rules.size("layers")
-        tokens = self.bucket.tokens * self.rules.size("tokens")
+        tokens = self.bucket.tokens * self.rules.size("requests")
         self.held_shape = (self.stages, tokens, config.hidden_size)
         self.empty = jax.jit(self._empty)
         self.compute = jax.jit(self._compute, donate_argnums=1)
@@ -135,10 +145,12 @@ class LogitsProgram:
     def run(self, prompts: list[list[list[int]]]) -> np.ndarray:
         """Logits [ranks, prompts, positions, vocab] of each batch rank's own prompts."""
         requests = [[_request(ids) for ids in rank] for rank in prompts]
-        rows, length = self.bucket.decodes, len(prompts[0][0])
+        rows, length = self.rows, len(prompts[0][0])
+        prefills = slice(self.bucket.decodes, self.bucket.decodes + rows * self.prefill)
         with jax.set_mesh(self.mesh):
             logits, carry = self._pass(self.empty(), requests, range(self.prefill))
-            prefilled = np.asarray(logits)[:, rows:].reshape(len(prompts), rows, self.prefill, -1)
+            prefilled = np.asarray(logits)[:, prefills]
+            prefilled = prefilled.reshape(len(prompts), rows, self.prefill, -1)
             decoded = []
             for position in range(self.prefill, length):
                 fed = range(position, position + 1)
@@ -173,6 +185,7 @@ class LogitsProgram:
         hidden, cache, held = decoder(
             inputs.ids, cache, inputs.placement, held, options=self.maker.options
         )
+        hidden = restore(hidden, deal_tokens(self.bucket, self.rules), rules=self.rules)
         spec = self.rules.spec(None, "vocab")
         logits = jnp.einsum("te,ev->tv", replicate(hidden), decoder.head, out_sharding=spec)
         logits = replicate(logits)[:, : self.maker.vocab_size]
@@ -187,13 +200,13 @@ class LogitsProgram:
         return pack_schedule(
             Schedule(index=0, ranks=ranks, admitted=(), preempted=()),
             self.bucket,
-            page_size=self.page_size,
+            page_size=self.block_size,
             max_batch_size=self.bucket.decodes,
             sampling_of=partial(sampling_columns, processors=0),
         )
 
     def _work(self, request: Request, row: int, positions: range) -> Work:
-        first, count = row * self.bucket.width, -(-positions.stop // self.page_size)
+        first, count = row * self.bucket.width, -(-positions.stop // self.block_size)
         return Work(
             request=request,
             start=positions.start,

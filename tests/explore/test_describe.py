@@ -166,8 +166,6 @@ def test_a_plan_may_be_given_in_all_the_words_that_llm_takes(described):
     assert describe(None, LLAMA, **SMALL, tensor_parallel_size=2) == described[TENSOR]
     with pytest.raises(PlanError, match="neither a YAML file nor a preset"):
         describe("tp3", LLAMA)
-    with pytest.raises(PlanError, match="context parallelism does not run yet"):
-        describe(ParallelPlan(cp=2), LLAMA)
 
 
 def test_what_goes_to_another_process_and_back_arrives_as_it_was(described):

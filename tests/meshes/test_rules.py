@@ -1,4 +1,5 @@
 from itertools import combinations
+from typing import Any
 
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -8,6 +9,7 @@ from meshes import LOGICAL_AXES, MESH_AXES, ParallelPlan, PlanError, Rules, make
 MODEL = ("ep", "tp")
 PLACED_ALIKE = {
     "layers": ("pp",),
+    "context": ("cp",),
     "head_dim": (),
     "embed": (),
     "ffn": MODEL,
@@ -123,6 +125,21 @@ def test_a_size_is_the_product_of_the_mesh_axes_that_the_axis_lies_on():
     assert partial.size("requests") == 3 * 7
     assert partial.size("kv_heads") == 11
     assert partial.size("embed") == partial.size(None) == 1
+
+
+@ATTENTION
+def test_with_helix_context_ranks_are_tensor_ranks_of_what_does_not_depend_on_the_context(
+    attention,
+):
+    plan: Any = dict(pp=2, dp=2, cp=2, ep=2, tp=2, attention_dp=attention)
+    ring, helix = (Rules(ParallelPlan(**plan, cp_type=kind)).table for kind in ("RING", "HELIX"))
+    moved = {name: axes for name, axes in helix.items() if axes != ring[name]}
+    assert moved == {
+        "ffn": ("cp", *MODEL),
+        "ffn_tokens": ("dp",),
+        "vocab": ("pp", "cp", *MODEL),
+        "experts": ("cp", "ep"),
+    }
 
 
 def test_a_spec_names_mesh_axes_whole_axes_and_replicated_ones():
