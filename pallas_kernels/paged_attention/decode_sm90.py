@@ -179,6 +179,7 @@ def _decode_kernel(shape: DecodeShape, names: tuple[str, ...], *all_refs: Any) -
         shape.shares,
         rows=shape.rows,
         tile=config.kv_block,
+        at_once=64,
         min_tiles=config.min_tiles,
         lengths=refs.lengths,
         limits=refs.limits,

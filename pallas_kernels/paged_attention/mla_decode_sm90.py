@@ -61,11 +61,13 @@ def mla_decode(
     """
     rows, heads, d = q.shape
     _check(q, pages, value_dim, config)
-    head_blocks = _head_blocks(heads)
+    head_blocks = -(-heads // HEADS)
+    # Copies of queries move eight at a time.
+    padding = -heads % (8 * head_blocks)
     shape = MlaShape(
         rows=rows,
         head_blocks=head_blocks,
-        heads=heads // head_blocks,
+        heads=(heads + padding) // head_blocks,
         dv=value_dim,
         pages=pages.shape[1],
         page=pages.shape[2],
@@ -73,7 +75,7 @@ def mla_decode(
         config=config,
     )
     operands = {
-        "q": q.reshape(rows * head_blocks, shape.heads, d),
+        "q": _pad_heads(q, padding).reshape(rows * head_blocks, shape.heads, d),
         "pages": pages.reshape(-1, d),
         "layer": jnp.asarray(layer, jnp.int32).reshape(1),
         "page_table": page_table,
@@ -81,16 +83,12 @@ def mla_decode(
     }
     out, lse = _launch(shape, operands, interpret)
     out, lse = out[:, : shape.heads], lse[:, : shape.heads]
-    return out.reshape(rows, heads, value_dim), lse.reshape(rows, heads)
+    out, lse = out.reshape(rows, -1, value_dim), lse.reshape(rows, -1)
+    return out[:, :heads], lse[:, :heads]
 
 
-def _head_blocks(heads: int) -> int:
-    """Returns how many equal blocks of up to `HEADS` query heads there are, 0 for none.
-
-    Copies of queries move eight at a time.
-    """
-    blocks = -(-heads // HEADS)
-    return 0 if heads % (8 * blocks) else blocks
+def _pad_heads(q: Array, padding: int) -> Array:
+    return jnp.pad(q, ((0, 0), (0, padding), (0, 0))) if padding else q
 
 
 def _check(q: Array, pages: Array, value_dim: int, config: MlaConfig) -> None:
@@ -106,8 +104,8 @@ def _check(q: Array, pages: Array, value_dim: int, config: MlaConfig) -> None:
             d != value_dim + ROPE or value_dim not in (256, 512)
         ),
         f"{kv_heads} KV heads; it takes one": kv_heads != 1,
-        f"{heads} query heads; it takes blocks of up to {HEADS} that are multiples of 8": (
-            not _head_blocks(heads)
+        f"{heads} query heads; it takes up to {HEADS} a block of {config.blocks}": (
+            heads > HEADS * config.blocks
         ),
         f"pages of {page}; it takes powers of 2 from 16 on": page < 16 or page & (page - 1),
         f"a pool of {pool} positions in all layers; it takes fewer than 2^31": pool >= 2**31,
@@ -176,6 +174,7 @@ def _mla_kernel(shape: MlaShape, names: tuple[str, ...], *all_refs: Any) -> None
         shape.shares,
         rows=shape.rows,
         tile=KV_BLOCK,
+        at_once=16,
         min_tiles=config.min_tiles,
         lengths=refs.lengths,
         limits=None,

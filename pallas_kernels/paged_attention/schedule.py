@@ -16,9 +16,6 @@ from jaxtyping import Array
 
 from pallas_kernels.paged_attention.limits import first_visible
 
-ROWS_AT_ONCE = 16
-"""Lengths that are read at once, so that their latencies overlap."""
-
 
 class Segment(NamedTuple):
     """The tiles of one row that a share holds."""
@@ -51,6 +48,8 @@ class Schedule:
     rows: int
     tile: int
     """Positions of a tile."""
+    at_once: int
+    """Lengths that are read at once, so that their latencies overlap."""
     lengths: Any
     """Reference to the cached positions of each row."""
     limits: Any
@@ -136,14 +135,11 @@ class Schedule:
         return lax.fori_loop(0, self._chunks(), add, jnp.int32(0))
 
     def _chunks(self) -> int:
-        return -(-self.rows // self._at_once())
-
-    def _at_once(self) -> int:
-        return min(self.rows, ROWS_AT_ONCE)
+        return -(-self.rows // self.at_once)
 
     def _chunk(self, index: Array) -> list[Array]:
         """Returns the tiles of the next rows, 0 past the last."""
-        rows = [index * self._at_once() + i for i in range(self._at_once())]
+        rows = [index * self.at_once + i for i in range(self.at_once)]
         lengths = [self._length(row) for row in rows]
         return [
             jnp.where(row < self.rows, self.tiles(length), 0)
@@ -152,12 +148,27 @@ class Schedule:
 
 
 def plan_share(
-    share: Array, shares: int, *, rows: int, tile: int, min_tiles: int, lengths: Any, limits: Any
+    share: Array,
+    shares: int,
+    *,
+    rows: int,
+    tile: int,
+    at_once: int,
+    min_tiles: int,
+    lengths: Any,
+    limits: Any,
 ) -> Schedule:
     """Returns the schedule of one of `shares` shares of at least `min_tiles` tiles."""
     zero = jnp.int32(0)
     schedule = Schedule(
-        rows=rows, tile=tile, lengths=lengths, limits=limits, size=zero, begin=zero, end=zero
+        rows=rows,
+        tile=tile,
+        at_once=min(rows, at_once),
+        lengths=lengths,
+        limits=limits,
+        size=zero,
+        begin=zero,
+        end=zero,
     )
     total = schedule.total()
     size = jnp.maximum(pl.cdiv(total, jnp.int32(shares)), min_tiles)
