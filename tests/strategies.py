@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from llmjax.layers.moe import DispatchOptions
 from llmjax.models.decoder import RunOptions
@@ -22,6 +22,8 @@ FEATURES = (
     "attention DP full",
     "attention DP partial",
     *EXPERTS,
+    "cp ring",
+    "cp Helix",
     "pp even",
     "pp uneven",
 )
@@ -29,6 +31,7 @@ FEATURES = (
 ALTERNATIVES = (
     {"attention DP full", "attention DP partial"},
     {"ep allreduce", "ep allgather", "ep all_to_all"},
+    {"cp ring", "cp Helix"},
     {"pp even", "pp uneven"},
 )
 """Values of one setting, which no plan can have at once."""
@@ -81,6 +84,8 @@ class Strategy:
             "attention DP partial": plan.attention_dp == "partial" and plan.tp > 1,
             f"ep {self.dispatch}": plan.ep > 1 and self.dispatch != "auto",
             "ETP": plan.ep > 1 and plan.tp > 1 and self.dispatch != "auto",
+            "cp ring": plan.cp > 1 and plan.cp_type == "RING",
+            "cp Helix": plan.cp > 1 and plan.cp_type == "HELIX",
             "pp even": plan.pp > 1 and not self.uneven,
             "pp uneven": self.uneven,
         }
@@ -152,20 +157,25 @@ SPARSE_VARIANTS = (
 ONE_DEVICE = Strategy()
 MIXED = ParallelPlan(dp=2, ep=2, tp=2, attention_dp="partial")
 """Replicas, tensor ranks inside experts, and a batch over the expert ranks."""
+HELIX: Final = "HELIX"
 PAIRS = (
-    Strategy(ParallelPlan(ep=2, tp=2, attention_dp="partial"), "all_to_all"),
-    Strategy(ParallelPlan(ep=2, tp=2, attention_dp=True), "allreduce"),
-    Strategy(MIXED, "all_to_all", max_num_tokens=5),
+    Strategy(ParallelPlan(cp=2, ep=2, tp=2, attention_dp="partial", cp_type=HELIX), "all_to_all"),
+    Strategy(ParallelPlan(cp=2, ep=2, tp=2, attention_dp=True), "allreduce"),
+    Strategy(
+        ParallelPlan(cp=2, ep=2, tp=2, attention_dp="partial"), "all_to_all", max_num_tokens=5
+    ),
     Strategy(MIXED, "allreduce"),
-    Strategy(ParallelPlan(dp=2, ep=2), "allgather"),
+    Strategy(ParallelPlan(dp=2, cp=2, ep=2), "allgather"),
     Strategy(ParallelPlan(pp=2, ep=2, tp=2, attention_dp="partial"), "allreduce"),
-    Strategy(ParallelPlan(pp=2, ep=2, attention_dp=True), "allgather"),
-    Strategy(ParallelPlan(pp=2, ep=2), "all_to_all"),
-    Strategy(ParallelPlan(pp=2, dp=2)),
+    Strategy(ParallelPlan(pp=2, cp=2, ep=2, attention_dp=True, cp_type=HELIX), "allgather"),
+    Strategy(ParallelPlan(pp=2, cp=2, ep=2), "all_to_all"),
+    Strategy(ParallelPlan(pp=2, dp=2, cp=2, cp_type=HELIX)),
     Strategy(ParallelPlan(pp=2, ep=2, tp=2, attention_dp="partial"), "allgather", uneven=True),
-    Strategy(ParallelPlan(pp=2, ep=2, attention_dp=True), "allreduce", uneven=True),
+    Strategy(
+        ParallelPlan(pp=2, cp=2, ep=2, attention_dp=True, cp_type=HELIX), "allreduce", uneven=True
+    ),
     Strategy(ParallelPlan(pp=2, dp=2, ep=2, attention_dp=True), "all_to_all", uneven=True),
-    Strategy(ParallelPlan(pp=2, dp=2), uneven=True),
+    Strategy(ParallelPlan(pp=2, dp=2, cp=2), uneven=True),
 )
 """Every pair of features is in one of these."""
 FIRST = (PAIRS[1], PAIRS[2], PAIRS[6], PAIRS[12])
@@ -174,8 +184,8 @@ THIRD = (PAIRS[0], PAIRS[4], PAIRS[5], PAIRS[11])
 """Each of the three has all features, and together with `SPARE` they are `PAIRS`."""
 SPARE = PAIRS[3]
 ROUND = (
-    Strategy(ParallelPlan(pp=2, tp=2, attention_dp=True)),
-    Strategy(ParallelPlan(pp=2, dp=2), uneven=True),
+    Strategy(ParallelPlan(pp=2, cp=2, tp=2, attention_dp=True)),
+    Strategy(ParallelPlan(pp=2, dp=2, cp=2, cp_type=HELIX), uneven=True),
     Strategy(MIXED),
 )
 """Between them they have all features of a model without experts."""
@@ -195,6 +205,12 @@ ALONE = (
     Strategy(ParallelPlan(pp=2)),
     Strategy(ParallelPlan(pp=2), uneven=True),
     Strategy(ParallelPlan(pp=4)),
+    Strategy(ParallelPlan(cp=2)),
+    Strategy(ParallelPlan(cp=4)),
+    Strategy(ParallelPlan(cp=8)),
+    Strategy(ParallelPlan(cp=2, cp_type=HELIX)),
+    Strategy(ParallelPlan(cp=4, cp_type=HELIX)),
+    Strategy(ParallelPlan(cp=8, cp_type=HELIX)),
 )
 """One axis at a time."""
 TOGETHER = (
@@ -213,6 +229,15 @@ TOGETHER = (
     Strategy(ParallelPlan(pp=4, tp=2)),
     Strategy(ParallelPlan(pp=2, ep=4, attention_dp=True), "all_to_all"),
     Strategy(ParallelPlan(pp=2, dp=2, tp=2)),
+    Strategy(MIXED, "all_to_all", max_num_tokens=5),
+    Strategy(ParallelPlan(cp=2, tp=2)),
+    Strategy(ParallelPlan(cp=4, tp=2)),
+    Strategy(ParallelPlan(cp=2, tp=4, cp_type=HELIX)),
+    Strategy(ParallelPlan(cp=4, tp=2, cp_type=HELIX)),
+    Strategy(ParallelPlan(pp=2, cp=2, tp=2)),
+    Strategy(ParallelPlan(pp=2, cp=2, tp=2, cp_type=HELIX)),
+    Strategy(ParallelPlan(dp=2, cp=2, tp=2)),
+    Strategy(ParallelPlan(cp=4, ep=2), "all_to_all"),
 )
 """Products in other sizes."""
 STRATEGIES = tuple(dict.fromkeys((*ALONE, *PAIRS, *ROUND[:2], *TOGETHER)))
@@ -256,12 +281,15 @@ def covering_cells() -> tuple[Cell, ...]:
         *(cell for cells in KINDS.values() for cell in cells),
         *((model, strategy) for model in DENSE[:-1] for strategy in ROUND),
         *(("gemma3_text", strategy) for strategy in (ROUND[0], ROUND[2])),
-        ("qwen3_moe_odd", Strategy(ParallelPlan(pp=2, ep=2, attention_dp=True), "allgather")),
+        (
+            "qwen3_moe_odd",
+            Strategy(ParallelPlan(pp=2, cp=2, ep=2, attention_dp=True), "allgather"),
+        ),
         ("qwen3_moe_odd", Strategy(ParallelPlan(pp=2, dp=2, ep=2), "allreduce", uneven=True)),
         ("qwen3_moe_odd", THIRD[0]),
         ("llama_bias_linear_rope", Strategy(ParallelPlan(tp=8))),
-        ("llama_yarn_rope", Strategy(ParallelPlan(dp=8))),
-        ("mistral_window", Strategy(ParallelPlan(dp=4, tp=2))),
+        ("llama_yarn_rope", Strategy(ParallelPlan(cp=8))),
+        ("mistral_window", Strategy(ParallelPlan(cp=4, tp=2, cp_type=HELIX))),
         ("qwen2_window", Strategy(ParallelPlan(tp=8, attention_dp=True))),
         ("qwen3_bias_odd", Strategy(ParallelPlan(ep=2, tp=4, attention_dp="partial"))),
         ("gemma3_text_linear_rope", Strategy(ParallelPlan(pp=4, tp=2))),
@@ -291,6 +319,12 @@ CROWDED = {
     "stages": Strategy(ParallelPlan(pp=2)),
     "uneven stages of experts": Strategy(
         ParallelPlan(pp=2, ep=2, attention_dp=True), "all_to_all", uneven=True
+    ),
+    "ring": Strategy(ParallelPlan(cp=2)),
+    "Helix": Strategy(ParallelPlan(cp=2, cp_type=HELIX)),
+    "ring in stages": Strategy(ParallelPlan(pp=2, cp=2, tp=2)),
+    "Helix of experts": Strategy(
+        ParallelPlan(cp=2, ep=2, tp=2, attention_dp="partial", cp_type=HELIX), "allgather"
     ),
 }
 """Plans on which 64 requests of all sorts crowd an engine."""
