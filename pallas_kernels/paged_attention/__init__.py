@@ -4,12 +4,14 @@ import functools
 import logging
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend import backend
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
 from pallas_kernels.paged_attention import decode_sm90, mla_decode_sm90, prefill_sm90
 from pallas_kernels.paged_attention.configs import decode_config, mla_config, prefill_config
+from pallas_kernels.paged_attention.limits import first_visible, keys_before, pack_limits
 from pallas_kernels.reference import store_rows
 
 __all__ = ["paged_attention", "store_rows"]
@@ -71,14 +73,18 @@ def paged_attention(
         decode = "decode_sm90" if v_pages is not None else "mla_decode_sm90"
         name = implementation or (decode if one_each else "prefill_sm90")
         try:
-            if last_position is not None or page_stride > 1:
-                raise NotImplementedError("takes all pages of a sequence")
             device = _hopper_device()
+            dealt = last_position is not None or page_stride > 1
+            if dealt and not one_each:
+                raise NotImplementedError("takes all pages of a sequence")
             if name != "prefill_sm90" and not one_each:
                 raise NotImplementedError(
                     f"takes one query a row, got {q.shape[0]} queries in {lengths.shape[0]} rows "
                     f"of up to {max_query_length}"
                 )
+            if dealt:
+                last = lengths - 1 if last_position is None else last_position
+                operands, options = _restrict(operands, options, last, page_stride, first_page)
             if name == "mla_decode_sm90":
                 attended = _decode_latent(device, operands, options, value_dim)
             elif v_pages is None:
@@ -113,6 +119,29 @@ def _hopper_device() -> Any:
     return device
 
 
+def _restrict(
+    operands: tuple[Any, ...],
+    options: dict[str, Any],
+    last_position: Array,
+    page_stride: int,
+    first_page: Array | int,
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns operands and options that name keys by their place here, not in the sequence."""
+    *others, lengths = operands
+    page = operands[1].shape[2]
+    place = functools.partial(
+        keys_before, page=page, page_stride=page_stride, first_page=first_page
+    )
+    lengths = jnp.minimum(lengths, place(last_position + 1))
+    limits = pack_limits(options["window"], options["chunk"])
+    if limits is None:
+        return (*others, lengths), options
+    lows = place(first_visible(last_position, limits))
+    lengths = jnp.where(lows < lengths, lengths, 0)
+    lows = jnp.where(lengths > 0, lows, 0)
+    return (*others, lengths), options | dict(window=None, chunk=None, lows=lows)
+
+
 def _decode(device: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> Attended:
     # Row r owns query r.
     q, k_pages, v_pages, layer, page_table, _, lengths = operands
@@ -134,8 +163,8 @@ def _decode_latent(
     q, pages, v_pages, layer, page_table, _, lengths = operands
     if v_pages is not None or value_dim is None:
         raise NotImplementedError("takes values that are the first `value_dim` features of keys")
-    for name in ("window", "chunk", "soft_cap", "sinks"):
-        if options[name] is not None:
+    for name in ("window", "chunk", "lows", "soft_cap", "sinks"):
+        if options.get(name) is not None:
             raise NotImplementedError(f"takes no {name}")
     config = mla_config(num_sms=device.core_count)
     return mla_decode_sm90.mla_decode(

@@ -40,7 +40,7 @@ class DecodeShape:
     scale: float
     soft_cap: float | None
     limited: bool
-    """Whether queries see only a window or a chunk."""
+    """Whether queries may see only a part of their rows."""
     has_sinks: bool
     config: DecodeConfig
 
@@ -75,6 +75,7 @@ class DecodeRefs:
     page_table: Any
     lengths: Any
     limits: Any = None
+    lows: Any = None
     sinks: Any = None
     out: Any
     lse: Any

@@ -50,10 +50,14 @@ def paged_decode(
     chunk: Int[Array, ""] | int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, "heads"] | None = None,
+    lows: Int[Array, "rows"] | None = None,
     config: DecodeConfig,
     interpret: Any = None,
 ) -> tuple[Float[Array, "rows heads dv"], Float[Array, "rows heads"]]:
     """Attention of one query a row over its pages, and its log-sum-exp; see the reference.
+
+    Instead of a window and a chunk, `lows` may say which of its keys is the first that each row's
+    query sees: below its length, or 0 where that is 0.
 
     Raises NotImplementedError for what the kernel does not cover.
     """
@@ -70,7 +74,7 @@ def paged_decode(
         page=page,
         scale=scale,
         soft_cap=soft_cap,
-        limited=limits is not None,
+        limited=limits is not None or lows is not None,
         has_sinks=sinks is not None,
         config=config,
     )
@@ -89,6 +93,8 @@ def paged_decode(
     }
     if limits is not None:
         operands["limits"] = limits
+    if lows is not None:
+        operands["lows"] = lows
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(kv_heads, group)
         operands["sinks"] = jnp.pad(sinks, ((0, 0), (0, columns - group)))
@@ -183,6 +189,7 @@ def _decode_kernel(shape: DecodeShape, names: tuple[str, ...], *all_refs: Any) -
         min_tiles=config.min_tiles,
         lengths=refs.lengths,
         limits=refs.limits,
+        lows=refs.lows,
     )
     saved = None
     if config.synchronize:

@@ -25,3 +25,16 @@ def first_visible(position: Array, limits: Any) -> Array:
     position = jnp.maximum(position, 0)
     in_chunk = lax.div(position, jnp.broadcast_to(chunk, position.shape)) * chunk
     return jnp.maximum(position - window + 1, in_chunk)
+
+
+def keys_before(
+    position: Int[Array, "rows"], *, page: int, page_stride: int, first_page: Array | int
+) -> Int[Array, "rows"]:
+    """Returns how many of a row's keys here are before a position of its sequence.
+
+    Every `page_stride`-th page of the sequence is here, from page `first_page` on.
+    """
+    behind = position // page - first_page
+    whole = jnp.maximum(-(-behind // page_stride), 0)
+    is_inside = (behind >= 0) & (behind % page_stride == 0)
+    return whole * page + jnp.where(is_inside, position % page, 0)

@@ -54,21 +54,25 @@ class Schedule:
     """Reference to the cached positions of each row."""
     limits: Any
     """Reference to how far back every query sees, or None."""
+    lows: Any
+    """Reference to the first position that the query of each row sees, or None: see `limits`."""
     size: Array
     """Tiles of a share."""
     begin: Array
     end: Array
 
-    def low(self, length: Array) -> Array:
+    def low(self, row: Array, length: Array) -> Array:
         """Returns the first position that the query of a row of `length` positions sees."""
+        if self.lows is not None:
+            return self.lows[jnp.clip(row, 0, self.rows - 1)]
         if self.limits is None:
             return jnp.int32(0)
         return first_visible(length - 1, self.limits)
 
-    def tiles(self, length: Array) -> Array:
+    def tiles(self, row: Array, length: Array) -> Array:
         """Returns the tiles that the query of a row of `length` positions sees."""
         tile = jnp.int32(self.tile)
-        return pl.cdiv(length, tile) - lax.div(self.low(length), tile)
+        return pl.cdiv(length, tile) - lax.div(self.low(row, length), tile)
 
     def for_each_segment(self, body: Callable[[Any, Segment], Any], carry: Any) -> Any:
         """Runs `carry = body(carry, segment)` over the share's segments, the last row first.
@@ -84,14 +88,15 @@ class Schedule:
             position, row, base, _, next_length = state
             # The length after the next is on its way while the next row is computed.
             row -= 1
-            return position, row, base - self.tiles(next_length), next_length, self._length(row - 1)
+            base -= self.tiles(row, next_length)
+            return position, row, base, next_length, self._length(row - 1)
 
         def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
             *place, carry = state
             place = lax.while_loop(exhausted, next_row, tuple(place))
             position, row, base, length, _ = place
             begin = jnp.maximum(base, self.begin)
-            tiles, low = self.tiles(length), self.low(length)
+            tiles, low = self.tiles(row, length), self.low(row, length)
             segment = Segment(row, base, begin - base, position - begin, tiles, low, length)
             carry = body(carry, segment)
             return begin, *place[1:], carry
@@ -142,7 +147,7 @@ class Schedule:
         rows = [index * self.at_once + i for i in range(self.at_once)]
         lengths = [self._length(row) for row in rows]
         return [
-            jnp.where(row < self.rows, self.tiles(length), 0)
+            jnp.where(row < self.rows, self.tiles(row, length), 0)
             for row, length in zip(rows, lengths, strict=True)
         ]
 
@@ -157,6 +162,7 @@ def plan_share(
     min_tiles: int,
     lengths: Any,
     limits: Any,
+    lows: Any = None,
 ) -> Schedule:
     """Returns the schedule of one of `shares` shares of at least `min_tiles` tiles."""
     zero = jnp.int32(0)
@@ -166,6 +172,7 @@ def plan_share(
         at_once=min(rows, at_once),
         lengths=lengths,
         limits=limits,
+        lows=lows,
         size=zero,
         begin=zero,
         end=zero,

@@ -1,4 +1,7 @@
 import functools
+import importlib
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,10 @@ from pallas_kernels import reference
 from pallas_kernels.paged_attention import decode_sm90
 from pallas_kernels.paged_attention.configs import decode_config
 from pallas_kernels.paged_attention.decode_shape import DecodeConfig
+from pallas_kernels.paged_attention.limits import keys_before
+
+# The package has a function of this name, too.
+paged_attention = importlib.import_module("pallas_kernels.paged_attention")
 
 PAGE, LAYER = 16, 1
 NO_PAGE = 2**30
@@ -123,13 +130,48 @@ def test_pages_below_the_window_are_not_read():
     assert_equal_attention(decode(case, window=jnp.int32(20)), expected(whole, window=20))
 
 
+@pytest.mark.parametrize("limits", [{}, {"window": 40}, {"chunk": 48}], ids=str)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_decode_kernel_reads_the_pages_that_a_rank_of_three_holds(limits, rank, monkeypatch):
+    length = jnp.asarray([150, 30, 5])
+    here = keys_before(length, page=PAGE, page_stride=3, first_page=rank)
+    case = decode_case([int(count) for count in here])
+    run = functools.partial(pallas_kernels.paged_attention, scale=0.125, max_query_length=1)
+    dealt: dict[str, Any] = dict(
+        last_position=length - 1, page_stride=3, first_page=jnp.int32(rank), **limits
+    )
+    want = expected(case, **dealt)
+    config = DecodeConfig(blocks=1, kv_block=64, stages=2, synchronize=False)
+    kernel = functools.partial(
+        decode_sm90.paged_decode,
+        interpret=plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized"),
+    )
+    device = SimpleNamespace(core_count=1, device_kind="interpreter")
+    monkeypatch.setattr(paged_attention, "_hopper_device", lambda: device)
+    monkeypatch.setattr(paged_attention, "decode_config", lambda **_: config)
+    monkeypatch.setattr(paged_attention.decode_sm90, "paged_decode", kernel)
+    q, k_pages, v_pages, layer, table, lengths = case
+    got = run(q, k_pages, v_pages, layer, table, jnp.arange(4), lengths, **dealt)
+    assert_equal_attention(got, want)
+
+
+@pytest.mark.parametrize("stride, first", [(1, 0), (3, 0), (3, 2)])
+def test_keys_before_counts_the_keys_that_are_here(stride, first):
+    positions = np.arange(12 * PAGE)
+    is_here = positions // PAGE % stride == first
+    want = np.concatenate([[0], np.cumsum(is_here)])
+    got = keys_before(jnp.arange(12 * PAGE + 1), page=PAGE, page_stride=stride, first_page=first)
+    np.testing.assert_array_equal(got, want)
+
+
 @pytest.mark.parametrize(
     "heads, kv_heads, d, page",
     [(32, 8, 128, 64), (64, 8, 64, 16), (64, 1, 128, 128)],
 )
 def test_every_shipped_configuration_lowers_for_cuda(heads, kv_heads, d, page):
     config = decode_config(heads=heads, kv_heads=kv_heads, d=d, dv=d, num_sms=132)
-    run = functools.partial(decode_sm90.paged_decode, scale=d**-0.5, config=config)
+    lows = jnp.zeros(4, jnp.int32) if page == 16 else None
+    run = functools.partial(decode_sm90.paged_decode, scale=d**-0.5, lows=lows, config=config)
     pages = jax.ShapeDtypeStruct((2, 100, page, kv_heads, d), jnp.bfloat16)
     arguments = (
         jax.ShapeDtypeStruct((4, heads, d), jnp.bfloat16),
