@@ -241,8 +241,8 @@ TOGETHER = (
 )
 """Products in other sizes."""
 STRATEGIES = tuple(dict.fromkeys((*ALONE, *PAIRS, *ROUND[:2], *TOGETHER)))
-PLANS = tuple({(each.plan, each.uneven): each for each in STRATEGIES}.values())
-"""One strategy of each plan: a model without experts knows nothing of dispatches."""
+PLANS = tuple(dict.fromkeys(Strategy(each.plan, uneven=each.uneven) for each in STRATEGIES))
+"""Without the dispatches, of which a model without experts knows nothing."""
 
 Cell = tuple[str, Strategy]
 KINDS: dict[str, tuple[Cell, ...]] = {

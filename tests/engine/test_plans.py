@@ -25,6 +25,7 @@ from strategies import (
     reason_of_refusal,
 )
 
+from llmjax import LLM
 from llmjax.models.decoder import RunOptions
 from meshes import ParallelPlan, PlanError, Rules, presets
 
@@ -92,7 +93,7 @@ def test_logits_and_greedy_ids_are_hugging_faces_in_the_product(
     refusal = reason_of_refusal(model, strategy)
     if refusal is not None:
         with pytest.raises(PlanError, match=re.escape(refusal)):
-            logits_on(golden(model).folder, strategy.plan, strategy.options)
+            LLM(golden(model).folder, plan=strategy.plan, progress=False)
         page[model, str(strategy)] = f"refused: {refusal}"
         return
     plan = strategy.plan_for(model)
