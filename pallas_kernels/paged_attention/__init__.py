@@ -82,17 +82,18 @@ def paged_attention(
                     f"takes one query a row, got {q.shape[0]} queries in {lengths.shape[0]} rows "
                     f"of up to {max_query_length}"
                 )
+            here, limited = operands, options
             if dealt:
                 last = lengths - 1 if last_position is None else last_position
-                operands, options = _restrict(operands, options, last, page_stride, first_page)
+                here, limited = _restrict(operands, options, last, page_stride, first_page)
             if name == "mla_decode_sm90":
-                attended = _decode_latent(device, operands, options, value_dim)
+                attended = _decode_latent(device, here, limited, value_dim)
             elif v_pages is None:
                 raise NotImplementedError("takes values of their own")
             elif name == "prefill_sm90":
-                attended = _prefill(device, operands, options)
+                attended = _prefill(device, here, limited)
             else:
-                attended = _decode(device, operands, options)
+                attended = _decode(device, here, limited)
         except NotImplementedError as error:
             if implementation is not None:
                 raise

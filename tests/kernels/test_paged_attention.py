@@ -155,6 +155,22 @@ def test_decode_kernel_reads_the_pages_that_a_rank_of_three_holds(limits, rank, 
     assert_equal_attention(got, want)
 
 
+def test_what_the_kernel_does_not_cover_runs_the_reference_on_a_rank_too(monkeypatch):
+    length = jnp.asarray([150, 30])
+    here = keys_before(length, page=PAGE, page_stride=2, first_page=1)
+    case = decode_case([int(count) for count in here], d=80, dv=80)
+    device = SimpleNamespace(core_count=1, device_kind="interpreter")
+    monkeypatch.setattr(paged_attention, "_hopper_device", lambda: device)
+    q, k_pages, v_pages, layer, table, lengths = case
+    table = jnp.where(table == NO_PAGE, 0, table)
+    dealt: dict[str, Any] = dict(last_position=length - 1, page_stride=2, first_page=1, window=40)
+    got = pallas_kernels.paged_attention(
+        q, k_pages, v_pages, layer, table, jnp.arange(3), lengths,
+        scale=0.125, max_query_length=1, **dealt,
+    )  # fmt: skip
+    assert_equal_attention(got, expected(case, **dealt))
+
+
 @pytest.mark.parametrize("stride, first", [(1, 0), (3, 0), (3, 2)])
 def test_keys_before_counts_the_keys_that_are_here(stride, first):
     positions = np.arange(12 * PAGE)
