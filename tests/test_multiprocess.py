@@ -124,7 +124,8 @@ def generate_here(family: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("axis", "family"), [("tp", "llama"), ("dp", "llama"), ("pp", "llama"), ("ep", "qwen3_moe")]
+    ("axis", "family"),
+    [("tp", "llama"), ("dp", "llama"), ("pp", "llama"), ("ep", "qwen3_moe"), ("cp", "llama")],
 )
 def test_an_axis_across_two_processes_gives_the_tokens_of_one(axis, family, agreed):
     expected = generate_here(family)

@@ -27,6 +27,7 @@ ACROSS = {
     "dp": ("llama", ParallelPlan(dp=2, tp=2)),
     "pp": ("llama", ParallelPlan(pp=2, tp=2)),
     "ep": ("qwen3_moe", ParallelPlan(ep=4)),
+    "cp": ("llama", ParallelPlan(cp=2, tp=2)),
 }
 """A model and a plan for each mesh axis that shall have ranks in both processes."""
 
