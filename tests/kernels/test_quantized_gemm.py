@@ -1,4 +1,5 @@
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +165,7 @@ def test_every_shipped_configuration_lowers_for_cuda(name, activation):
         quantized_sm90.grouped_gemm,
         activation=activation, config=configs.QUANTIZED[name], num_sms=132,
     )  # fmt: skip
-    shape = jax.ShapeDtypeStruct
+    shape: Any = jax.ShapeDtypeStruct
     arguments = (
         QuantizedRows(shape((1024, 2048), jnp.float8_e4m3fn), shape((16, 1024), jnp.float32)),
         QuantizedMatrices(
@@ -184,9 +185,9 @@ def test_a_configuration_is_found_that_the_kernel_covers(rows, n, gated):
     config = configs.quantized_config_for(
         rows=rows, groups=8, k=2048, n=n, num_sms=132, gated=gated
     )
-    values = jax.ShapeDtypeStruct((1, 8, n, 2048), jnp.float8_e4m3fn)
+    values: Any = jax.ShapeDtypeStruct((1, 8, n, 2048), jnp.float8_e4m3fn)
     activation = "silu" if gated else None
-    quantized_sm90.check_covered(QuantizedMatrices(values, None), config, activation)
+    quantized_sm90.check_covered(QuantizedMatrices(values, scales=values), config, activation)
 
 
 @pytest.mark.parametrize(
@@ -198,10 +199,10 @@ def test_a_configuration_is_found_that_the_kernel_covers(rows, n, gated):
     ],
 )
 def test_hopper_kernel_says_what_it_does_not_cover(k, n, activation, message):
-    values = jax.ShapeDtypeStruct((1, 1, n, k), jnp.float8_e4m3fn)
+    values: Any = jax.ShapeDtypeStruct((1, 1, n, k), jnp.float8_e4m3fn)
     with pytest.raises(NotImplementedError, match=message):
         quantized_sm90.check_covered(
-            QuantizedMatrices(values, None), configs.QUANTIZED_WIDE, activation
+            QuantizedMatrices(values, scales=values), configs.QUANTIZED_WIDE, activation
         )
 
 

@@ -126,7 +126,8 @@ def test_what_ranks_find_is_merged_in_one_exchange_in_any_type():
             program = jax.jit(run).lower(*placed).compile()
             found = program(*placed)
         np.testing.assert_allclose(found, expected, atol=tolerance)
-        assert program.as_text().count(" all-to-all(") == 1
+        text = program.as_text() or ""
+        assert text.count(" all-to-all(") == 1
 
 
 def test_a_sink_takes_the_part_of_a_key_without_a_value():
