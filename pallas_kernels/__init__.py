@@ -1,5 +1,6 @@
 """How fast: arrays in, arrays out. Knows no mesh and no model."""
 
+from pallas_kernels.block_attention import NO_ROW, Places, block_attention, visible_blocks
 from pallas_kernels.grouped_gemm import (
     QuantizedMatrices,
     QuantizedRows,
@@ -12,7 +13,6 @@ from pallas_kernels.grouped_gemm import (
     top_k,
 )
 from pallas_kernels.paged_attention import paged_attention, store_rows
-from pallas_kernels.reference import NO_ROW, Places, block_attention, visible_blocks
 
 __all__ = [
     "NO_ROW",

@@ -1,18 +1,14 @@
 """What each operation means, in plain XLA: the kernels are tested against these functions."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activation import ACTIVATIONS
+from pallas_kernels.softmax import KV_BLOCK, QUERY_BLOCK, Softmax, add_keys, empty_softmax, sees
 
-QUERY_BLOCK = 64
-"""Queries of one row that are computed together."""
-KV_BLOCK = 256
-"""Cached positions that one round of the softmax reads."""
 ROW_BLOCK = 64
 """Rows of one group that are multiplied together."""
 
@@ -78,12 +74,12 @@ def paged_attention(
         values = keys[..., :dv] if v_pages is None else read(v_pages, index)
         values = jnp.where(cached[:, :, None, None], values, 0)
         visible = sees(position[..., None], key_position, window=window, chunk=chunk)
-        return _add_keys(
+        return add_keys(
             carry, queries, keys, values, visible & cached[:, None], scale=scale, soft_cap=soft_cap
         )
 
     rounds = (jnp.max(lengths, initial=0) + span - 1) // span
-    start = _empty_softmax((*token.shape, kv_heads, group), dv)
+    start = empty_softmax((*token.shape, kv_heads, group), dv)
     highest, total, sums = lax.fori_loop(0, rounds, one_round, start)
     if sinks is not None:
         sink = sinks.astype(jnp.float32).reshape(kv_heads, group)
@@ -100,169 +96,6 @@ def paged_attention(
         .at[token]
         .set(lse.reshape(*token.shape, heads), mode="drop"),
     )
-
-
-def sees(
-    position: Int[Array, "*#queries"],
-    key_position: Int[Array, "*#keys"],
-    *,
-    window: Int[Array, ""] | int | None,
-    chunk: Int[Array, ""] | int | None,
-) -> Bool[Array, "..."]:
-    """Whether the key stands where the causal query of the same row looks; shapes broadcast."""
-    return (key_position <= position) & (key_position >= _earliest(position, window, chunk))
-
-
-def _earliest(position: Array, window: Any, chunk: Any) -> Array:
-    """The first position that a query sees."""
-    earliest = jnp.zeros_like(position)
-    if window is not None:
-        earliest = jnp.where(jnp.asarray(window) == 0, earliest, position - window + 1)
-    if chunk is not None:
-        start = position // jnp.maximum(chunk, 1) * chunk
-        earliest = jnp.where(jnp.asarray(chunk) == 0, earliest, jnp.maximum(earliest, start))
-    return earliest
-
-
-class Softmax(NamedTuple):
-    """A softmax over some keys and the values it weighs (Milakov & Gimelshein, 2018)."""
-
-    highest: Float[Array, "..."]
-    """Largest score."""
-    total: Float[Array, "..."]
-    """Sum of exp(score - highest)."""
-    sums: Float[Array, "..."]
-    """Sum of exp(score - highest) * value."""
-
-
-def _empty_softmax(shape: tuple[int, ...], dv: int) -> Softmax:
-    return Softmax(jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, dv)))
-
-
-def _add_keys(
-    carry: Softmax,
-    queries: Float[Array, "blocks queries kv_heads group d"],
-    keys: Float[Array, "blocks keys kv_heads d"],
-    values: Float[Array, "blocks keys kv_heads dv"],
-    visible: Bool[Array, "blocks queries keys"],
-    *,
-    scale: float,
-    soft_cap: float | None,
-) -> Softmax:
-    scores = jnp.einsum("bqhgd,bshd->bqhgs", queries, keys, preferred_element_type=jnp.float32)
-    scores = scores * scale
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
-    scores = jnp.where(visible[:, :, None, None], scores, -jnp.inf)
-    highest = jnp.maximum(carry.highest, scores.max(-1))
-    # A block without a visible key keeps -inf; exp(-inf - -inf) would be NaN.
-    shift = jnp.where(jnp.isneginf(highest), 0.0, highest)
-    weights = jnp.exp(scores - shift[..., None])
-    keep = jnp.exp(carry.highest - shift)
-    sums = jnp.einsum(
-        "bqhgs,bshd->bqhgd",
-        weights.astype(values.dtype),
-        values,
-        preferred_element_type=jnp.float32,
-    )
-    total = carry.total * keep + weights.sum(-1)
-    return Softmax(highest, total, carry.sums * keep[..., None] + sums)
-
-
-class Places(NamedTuple):
-    """Where tokens stand, in rising order of row and position; padding comes last."""
-
-    row: Int[Array, " tokens"]
-    """`NO_ROW` for padding."""
-    position: Int[Array, " tokens"]
-    """Position in the row's sequence."""
-
-
-NO_ROW = 2**31 - 1
-"""Row of padding."""
-
-
-def block_attention(
-    q: Float[Array, "tokens heads d"],
-    k: Float[Array, "keys kv_heads d"],
-    v: Float[Array, "keys kv_heads dv"] | None,
-    queries: Places,
-    keys: Places,
-    *,
-    scale: float,
-    window: Int[Array, ""] | int | None = None,
-    chunk: Int[Array, ""] | int | None = None,
-    soft_cap: float | None = None,
-    value_dim: int | None = None,
-) -> tuple[Float[Array, "tokens heads dv"], Float[Array, "tokens heads"]]:
-    """Causal attention of ragged rows of queries to some of their keys, and its log-sum-exp.
-
-    A query sees the keys of its row up to its own position, fewer with a `window` or a `chunk` (see
-    `paged_attention`). One without a visible key gives 0, and -inf as log-sum-exp. Blocks of keys
-    that a block of queries cannot see are left out. Without `v`, values are the first `value_dim`
-    features of the keys. Results are float32, to be merged with those of other keys.
-    """
-    (tokens, heads, d), kv_heads = q.shape, k.shape[1]
-    dv = value_dim or k.shape[2] if v is None else v.shape[2]
-    places = _cut(queries, QUERY_BLOCK)
-    blocks = _pad_to(q, places.row.size).reshape(*places.row.shape, kv_heads, -1, d)
-    key_places = _cut(keys, KV_BLOCK)
-    key_shape = (*key_places.row.shape, kv_heads, -1)
-    k_blocks = _pad_to(k, key_places.row.size).reshape(key_shape)
-    v_blocks = None if v is None else _pad_to(v, key_places.row.size).reshape(key_shape)
-    first, stop = visible_blocks(queries, keys, window=window, chunk=chunk)
-
-    def one_round(index: Array, carry: Softmax) -> Softmax:
-        block = jnp.minimum(first + index, len(k_blocks) - 1)
-        seen = Places(key_places.row[block], key_places.position[block])
-        visible = sees(
-            places.position[..., None], seen.position[:, None], window=window, chunk=chunk
-        )
-        visible &= (places.row[..., None] == seen.row[:, None]) & (seen.row != NO_ROW)[:, None]
-        visible &= (first + index < stop)[:, None, None]
-        k_block = k_blocks[block]
-        v_block = k_block[..., :dv] if v_blocks is None else v_blocks[block]
-        return _add_keys(carry, blocks, k_block, v_block, visible, scale=scale, soft_cap=soft_cap)
-
-    start = _empty_softmax(blocks.shape[:-1], dv)
-    _, total, sums = state = lax.fori_loop(0, jnp.max(stop - first), one_round, start)
-    out = sums / jnp.where(total == 0, 1.0, total)[..., None]
-    lse = state.highest + jnp.log(total)
-    return out.reshape(-1, heads, dv)[:tokens], lse.reshape(-1, heads)[:tokens]
-
-
-def visible_blocks(
-    queries: Places,
-    keys: Places,
-    *,
-    window: Int[Array, ""] | int | None = None,
-    chunk: Int[Array, ""] | int | None = None,
-) -> tuple[Int[Array, " blocks"], Int[Array, " blocks"]]:
-    """First and one past the last block of `KV_BLOCK` keys that each block of queries may see."""
-    rows, positions = _cut(queries, QUERY_BLOCK)
-    count = (rows != NO_ROW).sum(1)
-    last = jnp.maximum(count - 1, 0)[:, None]
-    low = (rows[:, :1], _earliest(positions[:, :1], window, chunk))
-    high = tuple(jnp.take_along_axis(x, last, axis=1) for x in (rows, positions))
-
-    def keys_before(row: Array, position: Array) -> Array:
-        return ((keys.row < row) | ((keys.row == row) & (keys.position < position))).sum(1)
-
-    first, end = keys_before(*low), keys_before(high[0], high[1] + 1)
-    is_empty = (count == 0) | (end <= first)
-    first = first // KV_BLOCK
-    return first, jnp.where(is_empty, first, -(-end // KV_BLOCK))
-
-
-def _cut(places: Places, size: int) -> Places:
-    """Blocks of `size` tokens; what is missing is padding."""
-    count = -(-len(places.row) // size) * size - len(places.row)
-    row = jnp.pad(places.row, (0, count), constant_values=NO_ROW)
-    return Places(row.reshape(-1, size), jnp.pad(places.position, (0, count)).reshape(-1, size))
-
-
-def _pad_to(x: Array, count: int) -> Array:
-    return jnp.pad(x, ((0, count - len(x)), *((0, 0),) * (x.ndim - 1)))
 
 
 def store_rows(

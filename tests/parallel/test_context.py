@@ -21,7 +21,7 @@ from llmjax.parallel.context import (
 )
 from meshes import ParallelPlan, make_mesh
 from pallas_kernels import NO_ROW, Places, block_attention, visible_blocks
-from pallas_kernels.reference import KV_BLOCK
+from pallas_kernels.softmax import KV_BLOCK
 
 RANKS = pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 
