@@ -50,9 +50,13 @@ class Description:
 
     @property
     def kv_token_device_bytes(self) -> float:
-        """Bytes of KV cache for a token of its batch rank, on each device."""
+        """Bytes of KV cache for a token of its batch rank, on each device.
+
+        Of context ranks one has the token: this is their mean.
+        """
         cache = self.layout.kv_cache
-        return cache.device_bytes / (cache.shard_shape[1] * cache.shard_shape[2])
+        held = cache.device_bytes / (cache.shard_shape[1] * cache.shard_shape[2])
+        return held / Rules(self.plan).size("context")
 
     def report(self) -> Report:
         """All of it as tables."""

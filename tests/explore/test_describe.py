@@ -76,6 +76,9 @@ def test_a_token_of_kv_cache_takes_its_layers_heads_and_features(described):
     # On 8 ranks each of the 2 heads is stored 4 times.
     repeated = replace(split, layout=lay_out(LLAMA, ParallelPlan(tp=8), dtype="float32"))
     assert (repeated.kv_token_bytes, repeated.kv_token_device_bytes) == (4 * whole, whole / 2)
+    # One of four context ranks has it.
+    dealt = replace(split, layout=lay_out(LLAMA, ParallelPlan(cp=4), dtype="float32"))
+    assert (dealt.kv_token_bytes, dealt.kv_token_device_bytes) == (whole, whole / 4)
 
 
 def test_in_bfloat16_the_model_sends_half_the_bytes(described, narrow):
