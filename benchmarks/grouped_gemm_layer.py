@@ -61,8 +61,8 @@ class Layer:
     def variants(self) -> Iterator[Variant]:
         """Those that differ for this layer."""
         for variant in VARIANTS:
-            routed = variant.choose is None or self.top_k > 1
-            if routed and (variant.copied or self.tokens * self.top_k >= MIN_COPIED_ROWS):
+            has_row = not variant.routed or self.top_k > 1
+            if has_row and (variant.copied or self.tokens * self.top_k >= MIN_COPIED_ROWS):
                 yield variant
 
     def choose_experts(self, seed: int) -> np.ndarray:
@@ -83,7 +83,7 @@ class Layer:
             jax.ShapeDtypeStruct((CHAIN, self.tokens, self.top_k), jnp.int32),
             jax.ShapeDtypeStruct((CHAIN, self.tokens, self.top_k), jnp.float32),
         ]
-        if variant.choose is not None:
+        if variant.routed:
             routing[0] = jax.ShapeDtypeStruct((CHAIN, self.embed, self.experts), jnp.bfloat16)
         x = jax.ShapeDtypeStruct((self.tokens, self.embed), jnp.bfloat16)
         weights = [product.arguments()[1:-1] for product in self.products(VARIANTS[0])]
@@ -143,8 +143,8 @@ def _measure_layer(layer: Layer, compiled: dict, limits: dict[str, float]) -> li
             if isinstance(program, Exception):
                 raise program
             chosen = (jnp.asarray(experts), gates)
-            routing = chosen if variant.choose is None else (routers, gates)
-            if variant.choose is not None:
+            routing = (routers, gates) if variant.routed else chosen
+            if variant.routed:
                 chosen = [each[None] for each in route(x, routers[0], layer.top_k, VARIANTS[-1])]
             arrays = [w for m in weights for w in (quantize_matrices(m) if variant.float8 else [m])]
             arguments = (x, *routing, *arrays)

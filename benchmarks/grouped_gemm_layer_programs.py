@@ -1,6 +1,5 @@
 """The expert layers that `grouped_gemm_layer` measures, as functions of arrays."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels import QuantizedMatrices, QuantizedRows, top_k
+from pallas_kernels import QuantizedMatrices, QuantizedRows
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import (
     MIN_COPIED_ROWS,
@@ -35,8 +34,8 @@ class Variant:
     copied: bool = True
     """Whether many rows are gathered by the copy engine, not by XLA."""
     float8: bool = False
-    choose: Callable | None = None
-    """The router's `top_k`; None where experts are given."""
+    routed: bool = False
+    """Whether a router chooses the experts; else they are given."""
 
 
 VARIANTS = (
@@ -44,8 +43,7 @@ VARIANTS = (
     Variant(name="llmjax, activation apart", fused=False),
     Variant(name="llmjax, gather by XLA", copied=False),
     Variant(name="llmjax, float8", float8=True),
-    Variant(name="llmjax, with router", choose=top_k),
-    Variant(name="llmjax, with router, top_k by XLA", choose=lax.top_k),
+    Variant(name="llmjax, with router", routed=True),
 )
 
 
@@ -61,7 +59,7 @@ def chain_layers(x, *arrays, variant: Variant, num_sms: int) -> tuple[jax.Array,
 
     @jax.jit  # Compiled once: the layers of the chain call the same function.
     def one_layer(x, a, b):
-        experts, gates = (a, b) if variant.choose is None else route(x, a, b.shape[-1], variant)
+        experts, gates = (a, b) if not variant.routed else route(x, a, b.shape[-1], variant)
         return x + expert_layer(x, experts, gates, *weights, variant=variant, num_sms=num_sms)
 
     outputs = []
@@ -73,9 +71,8 @@ def chain_layers(x, *arrays, variant: Variant, num_sms: int) -> tuple[jax.Array,
 
 def route(x, router, count: int, variant: Variant) -> tuple[jax.Array, jax.Array]:
     """Experts of each token and their gates, as Mixtral and Qwen3 have them."""
-    assert variant.choose is not None
     logits = jnp.dot(x, router, preferred_element_type=jnp.float32)
-    gates, experts = variant.choose(jax.nn.softmax(logits), count)
+    gates, experts = lax.top_k(jax.nn.softmax(logits), count)
     return experts, gates / gates.sum(-1, keepdims=True)
 
 

@@ -10,7 +10,6 @@ from pallas_kernels.grouped_gemm import (
     quantize_matrices,
     quantize_rows,
     sort_rows,
-    top_k,
 )
 from pallas_kernels.paged_attention import paged_attention, store_rows
 
@@ -28,6 +27,5 @@ __all__ = [
     "quantize_rows",
     "sort_rows",
     "store_rows",
-    "top_k",
     "visible_blocks",
 ]

@@ -20,7 +20,6 @@ from pallas_kernels.grouped_gemm.quantize import (
     quantize_rows_by_xla,
 )
 from pallas_kernels.grouped_gemm.sort import SortedRows, sort_rows
-from pallas_kernels.grouped_gemm.top_k import top_k
 
 __all__ = [
     "QuantizedMatrices",
@@ -31,7 +30,6 @@ __all__ = [
     "quantize_matrices",
     "quantize_rows",
     "sort_rows",
-    "top_k",
 ]
 
 IMPLEMENTATIONS = ("mosaic_sm90", "reference")
