@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from strategies import (
@@ -31,6 +32,13 @@ from meshes import ParallelPlan, PlanError, Rules, presets
 
 TOLERANCE = 2e-4
 ODD = "llama_odd_llama3rope"
+
+
+@pytest.fixture(autouse=True)
+def forget_programs() -> Iterator[None]:
+    """JAX keeps every program that it compiled, and no two of these tests share one."""
+    yield
+    jax.clear_caches()
 
 
 def worst_error(golden: Any, logits_of: Any, plan: ParallelPlan) -> float:
