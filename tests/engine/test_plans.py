@@ -59,6 +59,7 @@ def assert_greedy_ids_are_golden(golden: Any, logits_of: Any, plan: ParallelPlan
     assert (chosen[..., golden.prompt_length - 1 : -1] == golden.greedy[generated]).all()
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize(("model", "strategy"), covering_cells(), ids=str)
 def test_logits_and_greedy_ids_are_hugging_faces(model, strategy, golden, logits_on):
     plan = strategy.plan_for(model)
