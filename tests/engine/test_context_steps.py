@@ -73,6 +73,7 @@ def test_a_layer_passes_keys_on_once_less_than_there_are_ranks_and_decode_merges
     }
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
 def test_memory_of_a_prefill_falls_as_the_ranks_grow(family):
     config, tokens = read_config(family), 4096

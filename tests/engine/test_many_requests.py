@@ -65,6 +65,7 @@ def expected(llm_on: Callable[..., LLM]) -> Sequence[RequestOutput]:
     return outputs
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("name", CROWDED)
 def test_many_requests_get_the_tokens_of_one_device(name, expected, llm_on):
     strategy = CROWDED[name]
