@@ -60,8 +60,7 @@ class ContextAttention:
         sinks: Float[Array, " heads"] | None,
     ) -> tuple[Float[Array, "tokens heads dv"], Pages]:
         """Stores the new keys and values, and attends to all that each token sees."""
-        own_decodes = self.tokens.decodes // self.tokens.ranks
-        prefilled = None
+        own_decodes, prefilled = self.tokens.own_decodes, None
         if self.tokens.prefills:
             prefilled = self._pass_round(q[own_decodes:], [rows[own_decodes:] for rows in new])
         attended = self._decode(q[:own_decodes], [rows[:own_decodes] for rows in new])
@@ -185,8 +184,7 @@ class ContextAttention:
         )
 
     def _prefills_of(self, rank: Array | int) -> Array:
-        own_decodes = self.tokens.decodes // self.tokens.ranks
-        return jnp.asarray(self.tokens.held[:, own_decodes:])[rank]
+        return jnp.asarray(self.tokens.held[:, self.tokens.own_decodes :])[rank]
 
     def _places(self, rank: Array | int) -> Places:
         """Rows and positions of a rank's prefill tokens."""

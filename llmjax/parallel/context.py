@@ -61,9 +61,14 @@ class TokenDeal:
     ranks: int
     """Context ranks; they divide both."""
 
+    @property
+    def own_decodes(self) -> int:
+        """Decode tokens of each rank, which come before its prefill tokens."""
+        return self.decodes // self.ranks
+
     @cached_property
     def held(self) -> np.ndarray:
-        """Tokens of each rank, [ranks, tokens of a rank]: its decode tokens come first."""
+        """Tokens of each rank, [ranks, tokens of a rank]."""
         prefills = self.decodes + deal(self.prefills, self.ranks)
         return np.concatenate([deal(self.decodes, self.ranks), prefills], axis=1)
 
@@ -152,7 +157,7 @@ def pass_on(x: Array, axes: Axes) -> Array:
 def collect(x: Shaped[Array, "dealt *rest"], axes: Axes) -> Shaped[Array, "tokens *rest"]:
     """All tokens of which each rank was dealt a part, in the order before the deal."""
     ranks = axis_size(axes)
-    return all_gather(x, axes)[_undeal(x.shape[0] * ranks, ranks)]
+    return all_gather(x, axes)[np.argsort(deal(x.shape[0] * ranks, ranks).reshape(-1))]
 
 
 def merge_ranks(parts: Attended, axes: Axes) -> Attended:
@@ -189,7 +194,3 @@ def add_sinks(
     """Lets each head's sink take its part of the weights, as a key without a value would."""
     out, lse = attended
     return out * jax.nn.sigmoid(lse - sinks)[..., None]
-
-
-def _undeal(count: int, ranks: int) -> np.ndarray:
-    return np.argsort(deal(count, ranks).reshape(-1))
