@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
 from pallas_kernels.activation import ACTIVATIONS
-from pallas_kernels.grouped_gemm import gather_sm90, mosaic_sm90, quantize_sm90, quantized_sm90
 from pallas_kernels.grouped_gemm.configs import config_for, quantized_config_for
 from pallas_kernels.grouped_gemm.quantize import (
     QuantizedMatrices,
@@ -31,6 +30,8 @@ __all__ = [
     "quantize_rows",
     "sort_rows",
 ]
+
+# Kernels are imported where they are chosen: Mosaic takes two seconds, which a CPU need not wait.
 
 IMPLEMENTATIONS = ("mosaic_sm90", "reference")
 MIN_COPIED_ROWS = 1024
@@ -86,24 +87,32 @@ def gather_rows(
 ) -> Float[Array, "rows embed"]:
     """x[index], for an index whose every entry is in [0, tokens)."""
     device = backend.get_default_device()
+    if not _is_hopper(device) or index.size < MIN_COPIED_ROWS:
+        return _gather_by_xla(x, index)
+    from pallas_kernels.grouped_gemm import gather_sm90
+
     try:
-        if not _is_hopper(device) or index.size < MIN_COPIED_ROWS:
-            raise NotImplementedError("XLA gathers as fast")
         gather_sm90.check_covered(x, index)
     except NotImplementedError:
-        return x.at[index].get(mode="promise_in_bounds")
+        return _gather_by_xla(x, index)
     return gather_sm90.gather_rows(x, index, num_sms=device.core_count)
 
 
 def quantize_rows(x: Float[Array, "rows k"]) -> QuantizedRows:
     """Rounds rows to float8, with scales; k is a multiple of `SCALE_BLOCK`."""
     check_divides("k", x.shape[1])
+    if not _is_hopper(backend.get_default_device()):
+        return quantize_rows_by_xla(x)
+    from pallas_kernels.grouped_gemm import quantize_sm90
+
     try:
-        if not _is_hopper(backend.get_default_device()):
-            raise NotImplementedError
         return quantize_sm90.quantize_rows(x)
     except NotImplementedError:
         return quantize_rows_by_xla(x)
+
+
+def _gather_by_xla(x: Array, index: Array) -> Array:
+    return x.at[index].get(mode="promise_in_bounds")
 
 
 def _check_arguments(lhs, rhs, activation: str | None, implementation: str | None) -> None:
@@ -135,6 +144,8 @@ def _hopper_kernel(lhs, rhs, group_sizes, activation: str | None, device: Any) -
     """The kernel for these operands; raises NotImplementedError if there is none."""
     if not _is_hopper(device):
         raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
+    from pallas_kernels.grouped_gemm import mosaic_sm90, quantized_sm90
+
     quantized = isinstance(rhs, QuantizedMatrices)
     rows = lhs.values.shape[0] if quantized else lhs.shape[0]
     n, k = rhs.values.shape[2:] if quantized else rhs.shape[:1:-1]

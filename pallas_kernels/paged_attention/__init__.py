@@ -9,7 +9,6 @@ from jax.extend import backend
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
-from pallas_kernels.paged_attention import decode_sm90, mla_decode_sm90, prefill_sm90
 from pallas_kernels.paged_attention.configs import decode_config, mla_config, prefill_config
 from pallas_kernels.paged_attention.limits import first_visible, keys_before, pack_limits
 from pallas_kernels.reference import store_rows
@@ -18,6 +17,8 @@ __all__ = ["paged_attention", "store_rows"]
 
 type Attended = tuple[Array, Array]
 """Outputs and log-sum-exps."""
+
+# Kernels are imported where they are chosen: Mosaic takes two seconds, which a CPU need not wait.
 
 IMPLEMENTATIONS = ("decode_sm90", "mla_decode_sm90", "prefill_sm90", "reference")
 
@@ -144,6 +145,8 @@ def _restrict(
 
 
 def _decode(device: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> Attended:
+    from pallas_kernels.paged_attention import decode_sm90
+
     # Row r owns query r.
     q, k_pages, v_pages, layer, page_table, _, lengths = operands
     config = decode_config(
@@ -161,6 +164,8 @@ def _decode(device: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> 
 def _decode_latent(
     device: Any, operands: tuple[Any, ...], options: dict[str, Any], value_dim: int | None
 ) -> Attended:
+    from pallas_kernels.paged_attention import mla_decode_sm90
+
     q, pages, v_pages, layer, page_table, _, lengths = operands
     if v_pages is not None or value_dim is None:
         raise NotImplementedError("takes values that are the first `value_dim` features of keys")
@@ -175,6 +180,8 @@ def _decode_latent(
 
 
 def _prefill(device: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> Attended:
+    from pallas_kernels.paged_attention import prefill_sm90
+
     q, _, v_pages, *_ = operands
     config = prefill_config(d=q.shape[2], dv=v_pages.shape[4], num_sms=device.core_count)
     return prefill_sm90.paged_prefill(*operands, **options, config=config)
