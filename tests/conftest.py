@@ -1,6 +1,7 @@
 """How every test runs: 8 CPU devices, exact matmuls, cached programs, shapes and types checked."""
 
 import os
+from typing import Any
 
 # XLA sizes its thread pool from NPROC. A collective over 8 virtual devices needs 8 threads at once,
 # and on a machine with fewer cores it would wait for them for ever.
@@ -11,11 +12,14 @@ import jax
 import platformdirs
 import pytest
 from jaxtyping import install_import_hook
+from xdist.scheduler import LoadFileScheduling
 
 # Code that handles arrays is imported with every call's types and shapes checked from here on.
 install_import_hook(
     ["llmjax.layers", "llmjax.models", "llmjax.parallel", "pallas_kernels"], "beartype.beartype"
 )
+
+START_PROGRAMS = ("test_cli.py", "test_multiprocess.py", "test_notebooks.py", "test_wheel.py")
 
 hypothesis.settings.register_profile(
     "reproducible", derandomize=True, deadline=None, database=None, print_blob=True
@@ -46,6 +50,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     # Each worker has its own 8 devices and keeps what it compiles; a GPU is not shared.
     return 1 if config.option.markexpr == "gpu" else min(os.cpu_count() or 1, 4)
+
+
+class OneAtATime(LoadFileScheduling):
+    """Gives each file to one worker, and all files that start programs to the same one.
+
+    A notebook must end in time, which it cannot beside a test of several processes.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "programs" if file.rsplit("/")[-1] in START_PROGRAMS else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneAtATime | None:
+    return OneAtATime(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

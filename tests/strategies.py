@@ -153,6 +153,7 @@ SPARSE_VARIANTS = (
     "llama4_text_tied",
     "glm4_moe_groups",
 )
+MODELS = (*DENSE, *SPARSE, *DENSE_VARIANTS, *SPARSE_VARIANTS)
 
 ONE_DEVICE = Strategy()
 MIXED = ParallelPlan(dp=2, ep=2, tp=2, attention_dp="partial")
@@ -301,12 +302,14 @@ def covering_cells() -> tuple[Cell, ...]:
 
 
 def all_cells() -> tuple[Cell, ...]:
-    """The product of all models and all strategies."""
-    dense, sparse = (*DENSE, *DENSE_VARIANTS), (*SPARSE, *SPARSE_VARIANTS)
-    return (
-        *((model, strategy) for model in dense for strategy in (ONE_DEVICE, *PLANS)),
-        *((model, strategy) for model in sparse for strategy in (ONE_DEVICE, *STRATEGIES)),
+    """The product of models and strategies, and what covers other checkpoints of the families."""
+    cells = (
+        *((model, strategy) for model in DENSE for strategy in (ONE_DEVICE, *PLANS)),
+        *((model, strategy) for model in SPARSE for strategy in (ONE_DEVICE, *STRATEGIES)),
+        *((model, ONE_DEVICE) for model in (*DENSE_VARIANTS, *SPARSE_VARIANTS)),
+        *covering_cells(),
     )
+    return tuple(sorted(dict.fromkeys(cells), key=lambda cell: MODELS.index(cell[0])))
 
 
 CROWDED = {
