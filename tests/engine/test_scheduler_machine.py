@@ -1,4 +1,8 @@
-"""Drive the scheduler at random, and run its steps on a device that shows what pages hold."""
+"""Drive the scheduler at random, and run its steps on a device that shows what pages hold.
+
+With pipeline stages a step samples when it has passed them all, one a tick: what enters before
+that cannot be fed what it samples.
+"""
 
 from collections import deque
 
@@ -18,7 +22,6 @@ from llmjax.engine.schedule import Schedule, SchedulerConfig, Work
 from llmjax.engine.scheduler import Scheduler
 
 MAX_SEQ_LEN = 12
-MAX_IN_FLIGHT = 3
 STOP = 6
 
 
@@ -88,6 +91,7 @@ def configs(draw: st.DrawFn) -> SchedulerConfig:
     least_pages = -(-(MAX_SEQ_LEN - 1) // page_size)
     return SchedulerConfig(
         num_ranks=draw(st.sampled_from([1, 1, 2])),
+        num_stages=draw(st.sampled_from([1, 1, 2, 3])),
         max_batch_size=max_batch_size,
         max_num_tokens=least_tokens + draw(st.integers(0, 4)),
         max_prefill_requests=draw(st.integers(1, 3)),
@@ -109,7 +113,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(config)
         self.device = Device(config)
         self.requests: list[Request] = []
-        self.in_flight: deque[tuple[Schedule, dict[int, int]]] = deque()
+        self.in_flight: deque[Schedule] = deque()
+        self.max_in_flight = 2 + config.num_stages
+        self.passing: deque[Schedule | None] = deque()
+        """What the stages of a pipeline compute, the oldest first."""
+        self.sampled: deque[dict[int, int]] = deque()
+        """Of the oldest steps in flight, which have passed all stages."""
         self.end_of_feed: dict[int, int] = {}
 
     # A prompt repeats one token, so that many share prefixes and some are equal.
@@ -131,7 +140,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.add(request)
         self.requests.append(request)
 
-    @precondition(lambda self: len(self.in_flight) < MAX_IN_FLIGHT)
+    @precondition(lambda self: len(self.in_flight) < self.max_in_flight)
     @rule()
     def schedule(self) -> None:
         num_preemptions = self.scheduler.num_preemptions
@@ -142,14 +151,22 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert schedule.admitted == ()
         if schedule is None:
             assert self.in_flight or not self.scheduler.has_work
-            return
-        self.check_step(schedule)
-        self.in_flight.append((schedule, self.device.run(schedule)))
+        else:
+            self.check_step(schedule)
+            self.in_flight.append(schedule)
+        self.pass_on(schedule)
 
-    @precondition(lambda self: self.in_flight)
+    def pass_on(self, entering: Schedule | None) -> None:
+        self.passing.append(entering)
+        if len(self.passing) == self.config.num_stages:
+            leaving = self.passing.popleft()
+            if leaving is not None:
+                self.sampled.append(self.device.run(leaving))
+
+    @precondition(lambda self: self.sampled)
     @rule()
     def retire(self) -> None:
-        schedule, tokens = self.in_flight.popleft()
+        schedule, tokens = self.in_flight.popleft(), self.sampled.popleft()
         unfinished = [request for request in self.requests if not request.is_finished]
         changed = self.scheduler.retire(schedule, tokens)
         assert {request.id for request in changed} == {
@@ -160,9 +177,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def advance(self, num_steps: int) -> None:
         for _ in range(num_steps):
             num_in_flight = len(self.in_flight)
-            if num_in_flight < MAX_IN_FLIGHT:
+            if num_in_flight < self.max_in_flight:
                 self.schedule()
-            if self.in_flight and len(self.in_flight) == num_in_flight:
+            if self.sampled and len(self.in_flight) == num_in_flight:
                 self.retire()
 
     @precondition(lambda self: self.requests)
@@ -247,7 +264,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def steps_in_flight_keep_their_pages_and_slots(self) -> None:
         works: list[Work] = []
-        for schedule, _ in self.in_flight:
+        for schedule in self.in_flight:
             for rank, rank_works in enumerate(schedule.ranks):
                 works.extend(rank_works)
                 for work in rank_works:
@@ -281,7 +298,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         unfinished = [each for each in self.requests if not each.is_finished]
         # A step for each token would do if no request were ever computed again.
-        num_steps = 10 + 4 * MAX_SEQ_LEN * len(unfinished)
+        num_steps = 10 + 4 * MAX_SEQ_LEN * len(unfinished) * self.config.num_stages
         while self.scheduler.has_work and num_steps:
             num_steps -= 1
             self.advance(1)
