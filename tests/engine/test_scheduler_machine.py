@@ -24,6 +24,9 @@ from llmjax.engine.scheduler import Scheduler
 MAX_SEQ_LEN = 12
 STOP = 6
 
+type Feed = dict[int, list[int]]
+"""The tokens of a step, by request id."""
+
 
 def next_state(state: int, token: int) -> int:
     """What a page holds at a position: it depends on every token up to there."""
@@ -56,23 +59,32 @@ class Device:
         self.pages: dict[tuple[int, int, int], int] = {}
         self.last_token: dict[tuple[int, int | None], int] = {}
 
-    def run(self, schedule: Schedule) -> dict[int, int]:
+    def embed(self, schedule: Schedule) -> Feed:
+        """What a step reads when it enters the first stage."""
+        return {
+            work.request.id: self.read_tokens(rank, work)
+            for rank, works in enumerate(schedule.ranks)
+            for work in works
+        }
+
+    def read_tokens(self, rank: int, work: Work) -> list[int]:
+        if work.token_on_device:
+            return [self.last_token[rank, work.request.slot]]
+        return list(work.request.token_ids[work.start : work.start + work.count])
+
+    def run(self, schedule: Schedule, feed: Feed) -> dict[int, int]:
         sampled = {}
         for rank, works in enumerate(schedule.ranks):
             for work in works:
-                state = self.feed(rank, work)
+                state = self.compute(rank, work, feed[work.request.id])
                 if work.samples:
                     sampled[work.request.id] = sample(state)
                     self.last_token[rank, work.request.slot] = sample(state)
         return sampled
 
-    def feed(self, rank: int, work: Work) -> int:
+    def compute(self, rank: int, work: Work, tokens: list[int]) -> int:
         state = self.pages[self.place(rank, work, work.start - 1)] if work.start else 0
-        for position in range(work.start, work.start + work.count):
-            if work.token_on_device:
-                token = self.last_token[rank, work.request.slot]
-            else:
-                token = work.request.token_ids[position]
+        for position, token in enumerate(tokens, start=work.start):
             state = next_state(state, token)
             self.pages[self.place(rank, work, position)] = state
         return state
@@ -115,7 +127,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.requests: list[Request] = []
         self.in_flight: deque[Schedule] = deque()
         self.max_in_flight = 2 + config.num_stages
-        self.passing: deque[Schedule | None] = deque()
+        self.passing: deque[tuple[Schedule, Feed] | None] = deque()
         """What the stages of a pipeline compute, the oldest first."""
         self.sampled: deque[dict[int, int]] = deque()
         """Of the oldest steps in flight, which have passed all stages."""
@@ -157,11 +169,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.pass_on(schedule)
 
     def pass_on(self, entering: Schedule | None) -> None:
-        self.passing.append(entering)
+        self.passing.append(entering and (entering, self.device.embed(entering)))
         if len(self.passing) == self.config.num_stages:
             leaving = self.passing.popleft()
             if leaving is not None:
-                self.sampled.append(self.device.run(leaving))
+                self.sampled.append(self.device.run(*leaving))
 
     @precondition(lambda self: self.sampled)
     @rule()
