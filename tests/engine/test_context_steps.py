@@ -1,9 +1,12 @@
 """A compiled step on context ranks: what it sends in each layer, and what it holds."""
 
 import json
+import re
 from collections import Counter
 from functools import cache
+from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,37 +76,69 @@ def test_a_layer_passes_keys_on_once_less_than_there_are_ranks_and_decode_merges
     }
 
 
-@pytest.mark.covering
-@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
-def test_memory_of_a_prefill_falls_as_the_ranks_grow(family):
-    config, tokens = read_config(family), 4096
-    temporary, cached = {}, {}
-    for ranks in (2, 4, 8):
-        plan = ParallelPlan(cp=ranks)
-        rules, mesh = Rules(plan), make_mesh(plan)
-        weights = {
-            path: jax.ShapeDtypeStruct(
-                param.shape, param.dtype, sharding=NamedSharding(mesh, param.out_sharding)
-            )
-            for path, param in declared_params(config, rules, jnp.dtype("float32")).items()
-        }
-        engine = EngineConfig(
-            max_batch_size=8,
-            batch_buckets=(8,),
-            max_num_tokens=tokens,
-            token_buckets=(tokens,),
-            max_seq_len=64,
-            kv_cache_max_tokens=tokens,
-            dtype="float32",
-            max_logprobs=1,
+class Prefill(NamedTuple):
+    """The compiled prefill of one long prompt; bytes are those of a rank."""
+
+    temporaries: int
+    cache: int
+    program: str
+
+
+PROMPT, DECODES = 4096, 8
+
+
+@cache
+def compile_prefill(family: str, ranks: int) -> Prefill:
+    config, plan = read_config(family), ParallelPlan(cp=ranks)
+    rules, mesh = Rules(plan), make_mesh(plan)
+    weights = {
+        path: jax.ShapeDtypeStruct(
+            param.shape, param.dtype, sharding=NamedSharding(mesh, param.out_sharding)
         )
-        runner = Runner(config, rules, mesh, nest(weights), engine)
-        memory = runner.lower(max(runner.buckets)).compile().memory_analysis()
-        temporary[ranks] = memory.temp_size_in_bytes
-        pages = -(-tokens // runner.block_size) * rules.size("pages")
-        shapes = cache_shapes(config, rules, pages=pages, page_size=runner.page_size)
-        cached[ranks] = sum(jnp.zeros(shape).nbytes for shape in shapes) / ranks
-    assert cached[2] == 2 * cached[4] == 4 * cached[8]
+        for path, param in declared_params(config, rules, jnp.dtype("float32")).items()
+    }
+    engine = EngineConfig(
+        max_batch_size=DECODES,
+        batch_buckets=(DECODES,),
+        max_num_tokens=PROMPT,
+        token_buckets=(PROMPT,),
+        max_seq_len=64,
+        kv_cache_max_tokens=PROMPT,
+        dtype="float32",
+        max_logprobs=1,
+    )
+    runner = Runner(config, rules, mesh, nest(weights), engine)
+    # Memory does not depend on how good the machine code is.
+    lowered = runner.lower(max(runner.buckets))
+    compiled = lowered.compile({"xla_backend_optimization_level": 0})
+    pages = -(-PROMPT // runner.block_size) * rules.size("pages")
+    shapes = cache_shapes(config, rules, pages=pages, page_size=runner.page_size)
+    return Prefill(
+        temporaries=compiled.memory_analysis().temp_size_in_bytes,
+        cache=sum(4 * prod(shape) for shape in shapes) // ranks,
+        program=compiled.as_text(),
+    )
+
+
+LONG_PREFILL = ["qwen3", "deepseek_v3"]
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize("family", LONG_PREFILL)
+def test_memory_of_a_prefill_falls_as_the_ranks_grow(family):
+    two, four, eight = (compile_prefill(family, ranks) for ranks in (2, 4, 8))
+    assert two.cache == 2 * four.cache == 4 * eight.cache
     # Bytes are a + b / ranks, and a is small.
-    for ranks in (2, 4):
-        assert 2 * temporary[2 * ranks] - temporary[ranks] < 0.2 * temporary[2]
+    for fewer, more in ((two, four), (four, eight)):
+        assert 2 * more.temporaries - fewer.temporaries < 0.2 * two.temporaries
+
+
+@pytest.mark.covering
+@pytest.mark.parametrize("family", LONG_PREFILL)
+def test_no_rank_holds_keys_or_values_of_a_whole_prompt(family):
+    shapes = re.findall(r"\bf32\[([\d,]+)\]", compile_prefill(family, 8).program)
+    sizes = [[int(size) for size in shape.split(",")] for shape in set(shapes)]
+    own = [(PROMPT + DECODES) // 8, read_config(family).hidden_size]
+    assert own in sizes, "the hidden states of a rank's own tokens are found"
+    # What is as long as the prompt has one number for each token.
+    assert all(prod(size) == max(size) for size in sizes if max(size) >= PROMPT)
