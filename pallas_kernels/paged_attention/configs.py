@@ -4,7 +4,7 @@ Measured on an H200 by `python -m benchmarks.kernels --tune`, with `--op paged_a
 decode, `--op mla` and `--op prefill`.
 """
 
-from pallas_kernels.paged_attention.decode_shape import DecodeConfig
+from pallas_kernels.paged_attention.decode_shape import DecodeConfig, padded_values
 from pallas_kernels.paged_attention.mla_shape import MlaConfig
 from pallas_kernels.paged_attention.prefill_shape import PrefillConfig
 
@@ -19,6 +19,7 @@ TILE_BYTES = 64 * 1024
 def decode_config(*, heads: int, kv_heads: int, d: int, dv: int, num_sms: int) -> DecodeConfig:
     """The configuration of a decode step with so many heads, of 2-byte elements."""
     columns = -(-heads // kv_heads // 8) * 8
+    dv = padded_values(dv)
     kv_block = 256
     # Wide groups keep scores and sums of many heads in registers.
     while kv_block > 64 and (2 * kv_block * (d + dv) > TILE_BYTES or kv_block * columns > 4096):

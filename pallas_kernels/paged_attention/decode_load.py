@@ -63,16 +63,17 @@ class _Loader:
     def _load_tile(self, tile: Array, segment: Segment, start: Array, pages: list[Array]) -> None:
         shape, refs = self.shape, self.refs
         slot = lax.rem(tile, jnp.int32(shape.config.stages))
-        for source, target, free, full, features in (
-            (refs.k_pages, refs.k_shared, refs.k_free, refs.k_full, shape.d),
-            (refs.v_pages, refs.v_shared, refs.v_free, refs.v_full, shape.dv),
+        # What wgmma takes beyond the last value is the next head's, or 0: it is never read out.
+        for source, target, free, full, features, copied in (
+            (refs.k_pages, refs.k_shared, refs.k_free, refs.k_full, shape.d, shape.d),
+            (refs.v_pages, refs.v_shared, refs.v_free, refs.v_full, shape.dv, shape.value_rows),
         ):
 
             @pl.when(tile >= shape.config.stages)
             def _(free: Any = free):
                 plgpu.barrier_wait(free.at[slot])
 
-            columns = pl.ds(self.head * features, features)
+            columns = pl.ds(self.head * features, copied)
             for i, (row, visible) in enumerate(self._copies_of(segment, start, pages)):
                 part = pl.ds(i * shape.copy_rows, shape.copy_rows)
                 copy = functools.partial(

@@ -3,8 +3,17 @@
 import dataclasses
 from typing import Any
 
+from pallas_kernels.paged_attention.swizzle import swizzled_features
+
+VALUE_ROWS = 64
+"""Value features of a product at least, and what it takes multiples of: the height of wgmma."""
 COPY_ROWS = 32
 """Positions of one copy: a tile that reaches past a row's end costs no more than these."""
+
+
+def padded_values(dv: int) -> int:
+    """Returns value features as the kernel computes them."""
+    return -(-dv // VALUE_ROWS) * VALUE_ROWS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +57,19 @@ class DecodeShape:
     def columns(self) -> int:
         """Query heads of a tile: wgmma takes multiples of 8."""
         return -(-self.group // 8) * 8
+
+    @property
+    def value_rows(self) -> int:
+        """Value features of a tile in shared memory: those past the last are never read out."""
+        return padded_values(self.dv)
+
+    @property
+    def key_swizzle(self) -> int:
+        return swizzled_features(self.d)
+
+    @property
+    def value_swizzle(self) -> int:
+        return swizzled_features(self.dv)
 
     @property
     def shares(self) -> int:

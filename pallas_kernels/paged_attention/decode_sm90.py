@@ -32,6 +32,8 @@ from pallas_kernels.paged_attention.decode_softmax import (
 )
 from pallas_kernels.paged_attention.limits import pack_limits
 from pallas_kernels.paged_attention.schedule import Schedule, Segment, plan_share
+from pallas_kernels.paged_attention.swizzle import NARROWEST
+from pallas_kernels.paged_attention.tiles import tiled
 
 MAX_GROUP = 64
 """Query heads of a KV head: more would not fit in registers."""
@@ -99,7 +101,7 @@ def paged_decode(
         sinks = sinks.astype(jnp.float32).reshape(kv_heads, group)
         operands["sinks"] = jnp.pad(sinks, ((0, 0), (0, columns - group)))
     out, lse = _launch(shape, operands, interpret)
-    return out.reshape(rows, heads, dv), lse[:, :group].reshape(rows, heads)
+    return out[..., :dv].reshape(rows, heads, dv), lse[:, :group].reshape(rows, heads)
 
 
 def _check(shape: DecodeShape, q: Array, k_pages: Array) -> None:
@@ -109,8 +111,8 @@ def _check(shape: DecodeShape, q: Array, k_pages: Array) -> None:
     problems = {
         f"queries of {q.dtype} and pages of {k_pages.dtype}; it takes bfloat16 or float16, one "
         "for both": q.dtype != k_pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float16),
-        f"head dimensions {shape.d} and {shape.dv}; it takes multiples of 64 up to 256": (
-            shape.d % 64 or shape.dv % 64 or max(shape.d, shape.dv) > 256
+        f"head dimensions {shape.d} and {shape.dv}; it takes multiples of {NARROWEST} up to 256": (
+            shape.d % NARROWEST or shape.dv % NARROWEST or max(shape.d, shape.dv) > 256
         ),
         f"pages of {shape.page}; it takes powers of 2 from 16 on": (
             shape.page < 16 or shape.page & (shape.page - 1)
@@ -134,23 +136,22 @@ def _launch(shape: DecodeShape, operands: dict[str, Array], interpret: Any) -> t
     blocks, columns = shape.shares * shape.kv_heads, shape.columns
     wide, slots = jnp.float32, shape.rows * shape.kv_heads
     results = {
-        "out": jax.ShapeDtypeStruct((slots, shape.group, shape.dv), dtype),
+        "out": jax.ShapeDtypeStruct((slots, shape.group, shape.value_rows), dtype),
         "lse": jax.ShapeDtypeStruct((slots, columns), wide),
-        "sums": jax.ShapeDtypeStruct((blocks, shape.dv, columns), wide),
+        "sums": jax.ShapeDtypeStruct((blocks, shape.value_rows, columns), wide),
         "highest": jax.ShapeDtypeStruct((blocks, columns), wide),
         "totals": jax.ShapeDtypeStruct((blocks, columns), wide),
     }
-    tiled = (
-        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-    )
     stages, kv_block = config.stages, config.kv_block
+    key_tiles = functools.partial(tiled, dtype=dtype, swizzle=shape.key_swizzle)
+    value_tiles = functools.partial(tiled, dtype=dtype, swizzle=shape.value_swizzle)
     scratch = {
-        "q_shared": plgpu.SMEM((2, columns, shape.d), dtype, transforms=tiled),
-        "k_shared": plgpu.SMEM((stages, kv_block, shape.d), dtype, transforms=tiled),
-        "v_shared": plgpu.SMEM((stages, kv_block, shape.dv), dtype, transforms=tiled),
-        "weights_shared": plgpu.SMEM((columns, kv_block), dtype, transforms=tiled),
-        "out_shared": plgpu.SMEM((columns, shape.dv), dtype),
+        "q_shared": key_tiles((2, columns, shape.d)),
+        "k_shared": key_tiles((stages, kv_block, shape.d)),
+        "v_shared": value_tiles((stages, kv_block, shape.value_rows)),
+        # Both sides of a product are swizzled alike.
+        "weights_shared": value_tiles((columns, kv_block)),
+        "out_shared": plgpu.SMEM((columns, shape.value_rows), dtype),
         "q_full": plgpu.Barrier(num_barriers=2),
         "q_free": plgpu.Barrier(num_barriers=2),
         "k_full": plgpu.Barrier(num_barriers=stages, num_arrivals=shape.copies),
@@ -258,7 +259,8 @@ def _clear_unused(shape: DecodeShape, refs: DecodeRefs, share: Array, head: Arra
         @pl.when(refs.lengths[row] == 0)
         def _():
             slot = row * shape.kv_heads + head
-            write_out(shape, refs, slot, full((shape.dv, shape.columns), 0.0, refs.out.dtype))
+            zeros = full((shape.value_rows, shape.columns), 0.0, refs.out.dtype)
+            write_out(shape, refs, slot, zeros)
             store(refs.lse.at[slot], full((shape.columns,), -jnp.inf))
 
     lax.fori_loop(0, pl.cdiv(shape.rows - share, jnp.int32(shape.shares)), clear_row, None)

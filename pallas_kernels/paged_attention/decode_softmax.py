@@ -1,6 +1,7 @@
 """Softmax of the decode kernel on Hopper, in registers: computed, merged, saved and written.
 
-Arrays are [positions, columns] or [dv, columns], with a column for each query head of a KV head.
+Arrays are [positions, columns] or [dv, columns], with a column for each query head of a KV head,
+and dv padded to what wgmma takes.
 """
 
 import math
@@ -57,7 +58,7 @@ def attend(
     shape: DecodeShape, refs: DecodeRefs, segment: Segment, tiles: Array, queries: Any
 ) -> Softmax:
     """Computes attention of one row and KV head over the tiles of a segment."""
-    kv_block, columns, dv = shape.config.kv_block, shape.columns, shape.dv
+    kv_block, columns, dv = shape.config.kv_block, shape.columns, shape.value_rows
     weights_shared = refs.weights_shared.transpose((1, 0))
     first_tile = lax.div(segment.low, jnp.int32(kv_block)) + segment.first
 
@@ -155,7 +156,7 @@ def write(shape: DecodeShape, refs: DecodeRefs, index: Array, done: Softmax) -> 
         )
         empty = Softmax(jnp.zeros_like(sums), sinks * LOG2_E, jnp.ones_like(total))
         sums, highest, total = _combine(shape, done, empty)
-    out = sums * _across(1.0 / total, shape.dv)
+    out = sums * _across(1.0 / total, shape.value_rows)
     write_out(shape, refs, index, out.astype(refs.out.dtype))
     store(refs.lse.at[index], (highest + jnp.log2(total)) * (1 / LOG2_E))
 
@@ -170,7 +171,8 @@ def write_out(shape: DecodeShape, refs: DecodeRefs, index: Array, out: Array) ->
 def _combine(shape: DecodeShape, one: Softmax, other: Softmax) -> Softmax:
     highest = jnp.maximum(one.highest, other.highest)
     keep, grow = jnp.exp2(one.highest - highest), jnp.exp2(other.highest - highest)
-    sums = one.sums * _across(keep, shape.dv) + other.sums * _across(grow, shape.dv)
+    rows = shape.value_rows
+    sums = one.sums * _across(keep, rows) + other.sums * _across(grow, rows)
     return Softmax(sums, highest, one.total * keep + other.total * grow)
 
 
@@ -196,7 +198,7 @@ def merge(
     block_of: Callable[[Array], Array],
 ) -> Softmax:
     """Merges the part of a row with those that the shares from `first_share` on have saved."""
-    part_registers = max(1, shape.dv * shape.columns // 128)
+    part_registers = max(1, shape.value_rows * shape.columns // 128)
     at_once = max(1, shape.config.merge_registers // part_registers)
 
     def add_several(index: Array, carry: Softmax) -> Softmax:

@@ -36,6 +36,8 @@ from pallas_kernels.paged_attention.mla_shape import (
 from pallas_kernels.paged_attention.mla_values import sum_values
 from pallas_kernels.paged_attention.rows import full, store
 from pallas_kernels.paged_attention.schedule import plan_share
+from pallas_kernels.paged_attention.swizzle import swizzled_features
+from pallas_kernels.paged_attention.tiles import tiled
 
 SCORES, LOAD = SUMMERS, SUMMERS + 1
 """Warpgroups, after those that sum up values."""
@@ -127,15 +129,12 @@ def _launch(shape: MlaShape, operands: dict[str, Array], interpret: Any) -> tupl
         "highest": jax.ShapeDtypeStruct((2 * blocks, HEADS), wide),
         "totals": jax.ShapeDtypeStruct((2 * blocks, HEADS), wide),
     }
-    tiled = (
-        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-    )
+    tiles = functools.partial(tiled, dtype=dtype, swizzle=swizzled_features(shape.chunk))
     scratch = {
-        "q_latent": plgpu.SMEM((CHUNKS, HEADS, shape.chunk), dtype, transforms=tiled),
-        "q_rope": plgpu.SMEM((HEADS, ROPE), dtype, transforms=tiled),
-        "latent": plgpu.SMEM((stages, CHUNKS, KV_BLOCK, shape.chunk), dtype, transforms=tiled),
-        "rope": plgpu.SMEM((stages, KV_BLOCK, ROPE), dtype, transforms=tiled),
+        "q_latent": tiles((CHUNKS, HEADS, shape.chunk)),
+        "q_rope": tiles((HEADS, ROPE)),
+        "latent": tiles((stages, CHUNKS, KV_BLOCK, shape.chunk)),
+        "rope": tiles((stages, KV_BLOCK, ROPE)),
         "keep": plgpu.SMEM((stages, HEADS), wide),
         "inverse": plgpu.SMEM((HEADS,), wide),
         "q_full": plgpu.Barrier(num_arrivals=CHUNKS + 1),

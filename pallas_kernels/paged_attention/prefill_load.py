@@ -17,7 +17,7 @@ from pallas_kernels.paged_attention.prefill_shape import (
     PrefillRefs,
     PrefillShape,
 )
-from pallas_kernels.paged_attention.prefill_store import EIGHT_ROWS, store_registers
+from pallas_kernels.paged_attention.prefill_store import eight_rows, store_registers
 from pallas_kernels.paged_attention.prefill_walk import Item, for_each_item
 
 
@@ -138,14 +138,16 @@ class _Loader:
 
     def _clear(self, values: Any, first: Array) -> None:
         """Clears values from row `first` on: a weight of 0 would keep a NaN among them."""
+        chunk = self.shape.chunk
+        layout = eight_rows(chunk)
 
         def clear_rows(block: Array, _: None) -> None:
             begin = pl.multiple_of(block * TOKEN_ALIGNMENT, TOKEN_ALIGNMENT)
             rows = values.at[pl.ds(begin, TOKEN_ALIGNMENT)]
-            for column in range(0, self.shape.dv, 64):
-                part = rows.at[:, pl.ds(column, 64)]
-                kept = plgpu.load(part, layout=EIGHT_ROWS, optimized=False)
-                row = plgpu.broadcasted_iota(jnp.int32, kept.shape, 0, layout=EIGHT_ROWS)
+            for column in range(0, self.shape.dv, chunk):
+                part = rows.at[:, pl.ds(column, chunk)]
+                kept = plgpu.load(part, layout=layout, optimized=False)
+                row = plgpu.broadcasted_iota(jnp.int32, kept.shape, 0, layout=layout)
                 kept = jnp.where(row < first - begin, kept, jnp.zeros((), kept.dtype))
                 store_registers(part, kept)
 

@@ -3,14 +3,14 @@
 import dataclasses
 from typing import Any
 
+from pallas_kernels.paged_attention.swizzle import swizzled_features
+
 WARPGROUPS = 2
 """Warpgroups that compute; one more loads."""
 WARPGROUP_ROWS = 64
 """Queries of one head that a warpgroup computes together: the height of wgmma."""
 TOKEN_ALIGNMENT = 8
 """Tiles of queries begin at multiples of it: swizzled copies move eight rows at a time."""
-CHUNK = 64
-"""Features that leave shared memory in one copy."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,15 @@ class PrefillShape:
     def item_tokens(self) -> int:
         """Tokens of a work item."""
         return WARPGROUPS * WARPGROUP_ROWS // self.item_heads
+
+    @property
+    def key_swizzle(self) -> int:
+        return swizzled_features(self.d)
+
+    @property
+    def chunk(self) -> int:
+        """Value features that a swizzle spans, and that leave shared memory in one copy."""
+        return swizzled_features(self.dv)
 
     @property
     def out_stages(self) -> int:

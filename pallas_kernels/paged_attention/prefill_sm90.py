@@ -19,7 +19,6 @@ from pallas_kernels.paged_attention.limits import pack_limits
 from pallas_kernels.paged_attention.prefill_load import load_items
 from pallas_kernels.paged_attention.prefill_plan import Plan, gather_tokens, plan_tiles
 from pallas_kernels.paged_attention.prefill_shape import (
-    CHUNK,
     TOKEN_ALIGNMENT,
     WARPGROUP_ROWS,
     WARPGROUPS,
@@ -28,6 +27,8 @@ from pallas_kernels.paged_attention.prefill_shape import (
     PrefillShape,
 )
 from pallas_kernels.paged_attention.prefill_softmax import compute_items
+from pallas_kernels.paged_attention.swizzle import NARROWEST
+from pallas_kernels.paged_attention.tiles import tiled
 
 LOAD_REGISTERS, COMPUTE_REGISTERS = 40, 232
 """Registers of a thread: of the 504 that three warpgroups start with."""
@@ -108,8 +109,8 @@ def _check(shape: PrefillShape, q: Array, k_pages: Array) -> None:
     problems = {
         f"queries of {q.dtype} and pages of {k_pages.dtype}; it takes bfloat16 or float16, one "
         "for both": q.dtype != k_pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float16),
-        f"head dimensions {shape.d} and {shape.dv}; it takes multiples of 64 up to 256": (
-            shape.d % 64 or shape.dv % 64 or max(shape.d, shape.dv) > 256
+        f"head dimensions {shape.d} and {shape.dv}; it takes multiples of {NARROWEST} up to 256": (
+            shape.d % NARROWEST or shape.dv % NARROWEST or max(shape.d, shape.dv) > 256
         ),
         f"pages of {shape.page}; it takes powers of 2 from 16 on": (
             shape.page < 16 or shape.page & (shape.page - 1)
@@ -132,18 +133,15 @@ def _launch(
         "out": jax.ShapeDtypeStruct((shape.tokens, shape.heads * shape.dv), dtype),
         "lse": jax.ShapeDtypeStruct((tiles, shape.heads, shape.item_tokens), jnp.float32),
     }
-    tiled = (
-        plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-    )
     stages, kv_block = config.stages, config.kv_block
-    staged = (WARPGROUPS, shape.out_stages, WARPGROUP_ROWS, CHUNK)
+    key_tiles = functools.partial(tiled, dtype=dtype, swizzle=shape.key_swizzle)
+    value_tiles = functools.partial(tiled, dtype=dtype, swizzle=shape.chunk)
     scratch = {
-        "q_shared": plgpu.SMEM((WARPGROUPS, WARPGROUP_ROWS, shape.d), dtype, transforms=tiled),
-        "k_shared": plgpu.SMEM((stages, kv_block, shape.d), dtype, transforms=tiled),
-        "v_shared": plgpu.SMEM((stages, kv_block, shape.dv), dtype, transforms=tiled),
-        "out_shared": plgpu.SMEM(staged, dtype, transforms=tiled),
-        "edge_shared": plgpu.SMEM((WARPGROUPS, TOKEN_ALIGNMENT, CHUNK), dtype),
+        "q_shared": key_tiles((WARPGROUPS, WARPGROUP_ROWS, shape.d)),
+        "k_shared": key_tiles((stages, kv_block, shape.d)),
+        "v_shared": value_tiles((stages, kv_block, shape.dv)),
+        "out_shared": value_tiles((WARPGROUPS, shape.out_stages, WARPGROUP_ROWS, shape.chunk)),
+        "edge_shared": plgpu.SMEM((WARPGROUPS, TOKEN_ALIGNMENT, shape.chunk), dtype),
         "q_full": plgpu.Barrier(num_arrivals=WARPGROUPS),
         "q_free": plgpu.Barrier(num_arrivals=WARPGROUPS),
         "k_full": plgpu.Barrier(num_barriers=stages, num_arrivals=shape.copies),
@@ -154,8 +152,7 @@ def _launch(
         "turn": plgpu.Barrier(num_barriers=WARPGROUPS),
     }
     if not config.in_registers:
-        weights = (WARPGROUPS, WARPGROUP_ROWS, kv_block)
-        scratch["weights_shared"] = plgpu.SMEM(weights, dtype, transforms=tiled)
+        scratch["weights_shared"] = value_tiles((WARPGROUPS, WARPGROUP_ROWS, kv_block))
     out, lse = plgpu.kernel(
         functools.partial(_prefill_kernel, shape, (*operands, *results, *scratch)),
         out_type=tuple(results.values()),

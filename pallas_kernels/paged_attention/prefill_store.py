@@ -10,17 +10,17 @@ from jaxtyping import Array
 
 from pallas_kernels.paged_attention.prefill_plan import Tile
 from pallas_kernels.paged_attention.prefill_shape import (
-    CHUNK,
     TOKEN_ALIGNMENT,
     WARPGROUP_ROWS,
     PrefillRefs,
     PrefillShape,
 )
 
-EIGHT_ROWS = plgpu.Layout.TILED(
-    plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-)
-"""How a warpgroup holds eight rows of 64: each warp two rows, each lane four neighbours."""
+
+def eight_rows(features: int) -> Any:
+    """How a warpgroup holds eight rows: each warp two of them, each lane a few neighbours."""
+    tiling = plgpu.Tiling(((8, features), (2, features), (features // 16,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def store_registers(ref: Any, value: Array) -> None:
@@ -50,13 +50,14 @@ def store_out(
 ) -> None:
     """Stores the outputs of a warpgroup's queries, the first of which is `token`."""
     out = out.astype(refs.out.dtype)
-    for index, column in enumerate(range(0, shape.dv, CHUNK)):
+    for index, column in enumerate(range(0, shape.dv, shape.chunk)):
         staged = refs.out_shared.at[warpgroup, index % shape.out_stages]
         # Stages alternate within an item; an item begins with all of them free.
         plgpu.wait_smem_to_gmem(min(index, shape.out_stages - 1), wait_read_only=True)
-        staged[...] = plgpu.layout_cast(out[:, column : column + CHUNK], plgpu.Layout.WGMMA)
+        part = out[:, column : column + shape.chunk]
+        staged[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA)
         plgpu.commit_smem()
-        columns = pl.ds(pl.multiple_of(head * shape.dv + column, CHUNK), CHUNK)
+        columns = pl.ds(pl.multiple_of(head * shape.dv + column, shape.chunk), shape.chunk)
         _store_rows(staged, refs.edge_shared.at[warpgroup], refs.out, tile, token, columns)
         plgpu.commit_smem_to_gmem_group()
 
@@ -90,7 +91,8 @@ def _store_rows(
             # The swizzle ties eight rows together; single rows leave from an unswizzled copy.
             plgpu.commit_smem_to_gmem_group()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            store_registers(edge, plgpu.load(eight, layout=EIGHT_ROWS, optimized=False))
+            layout = eight_rows(eight.shape[1])
+            store_registers(edge, plgpu.load(eight, layout=layout, optimized=False))
             plgpu.commit_smem()
 
             def store_one(token: Array, _: None) -> None:

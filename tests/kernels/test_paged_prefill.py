@@ -121,6 +121,14 @@ def test_prefill_kernel_takes_any_group_and_head_dimension(sizes):
     assert_equal_attention(prefill(case), expected(case))
 
 
+@pytest.mark.parametrize("d, dv", [(80, 80), (96, 96), (112, 112), (192, 48)])
+def test_prefill_kernel_takes_heads_that_do_not_fill_the_widest_swizzle(d, dv):
+    rows = [(0, 1), (PAGE - 2, 1), (PAGE - 1, 1), (PAGE, 1), (3, 66)]
+    case = prefill_case(rows, spare=3, heads=4, kv_heads=2, d=d, dv=dv)
+    assert_equal_attention(prefill(case), expected(case))
+    assert not gpu_callbacks.get_races().races_found
+
+
 def test_blocks_share_the_items_of_a_batch():
     case = prefill_case([(0, 66), (30, 3)], heads=4)
     config = PrefillConfig(blocks=2, kv_block=64, stages=2, in_registers=False)
@@ -167,6 +175,9 @@ def test_tiles_cover_every_token_once_and_the_most_expensive_comes_first():
         (64, 8, 64, 16, True),
         (16, 16, 128, 128, False),
         (16, 8, 256, 64, True),
+        (32, 32, 80, 64, False),
+        (32, 8, 96, 16, True),
+        (32, 8, 112, 128, True),
     ],
 )
 def test_every_shipped_configuration_lowers_for_cuda(heads, kv_heads, d, page, limited):
@@ -193,7 +204,7 @@ def test_every_shipped_configuration_lowers_for_cuda(heads, kv_heads, d, page, l
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        (dict(d=80), "head dimensions 80 and 64; it takes multiples of 64 up to 256"),
+        (dict(d=72), "head dimensions 72 and 64; it takes multiples of 16 up to 256"),
         (dict(page=24), "pages of 24; it takes powers of 2 from 16 on"),
     ],
 )
@@ -216,13 +227,27 @@ def test_a_machine_without_a_hopper_gpu_runs_the_reference():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "heads, kv_heads, d, page", [(8, 2, 128, 64), (8, 2, 64, 16), (3, 3, 128, 128), (4, 2, 256, 64)]
+    "heads, kv_heads, d, dv, page",
+    [
+        (8, 2, 128, 128, 64),
+        (8, 2, 64, 64, 16),
+        (3, 3, 128, 128, 128),
+        (4, 2, 256, 256, 64),
+        (8, 2, 80, 80, 64),
+        (3, 3, 80, 80, 16),
+        (8, 2, 96, 96, 16),
+        (3, 3, 96, 96, 64),
+        (8, 2, 112, 112, 128),
+        (3, 3, 112, 112, 64),
+        (8, 8, 192, 128, 64),
+    ],
 )
-def test_prefill_kernel_agrees_with_float32_on_the_gpu(heads, kv_heads, d, page):
+def test_prefill_kernel_agrees_with_float32_on_the_gpu(heads, kv_heads, d, dv, page):
     rng = np.random.default_rng()
     rows = [(int(cached), int(count)) for cached, count in rng.integers(1, 500, (4, 2))]
-    rows += [(0, 1), (page, page), (0, page + 1), (3 * page - 1, 1), (1000, 300)]
-    case = prefill_case(rows, spare=37, heads=heads, kv_heads=kv_heads, d=d, dv=d, page=page)
+    rows += [(0, 1), (page - 2, 1), (page - 1, 1), (page, 1)]
+    rows += [(page, page), (0, page + 1), (3 * page - 1, 1), (1000, 300)]
+    case = prefill_case(rows, spare=37, heads=heads, kv_heads=kv_heads, d=d, dv=dv, page=page)
     options = {}
     if heads == 3:
         options = dict(window=jnp.int32(77), soft_cap=3.0, sinks=jnp.asarray([-2.0, 0.0, 4.0]))
