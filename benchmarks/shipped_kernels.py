@@ -1,0 +1,107 @@
+"""The Hopper kernels in every configuration that ships, as functions of abstract arguments."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.grouped_gemm import (
+    QuantizedMatrices,
+    QuantizedRows,
+    configs,
+    gather_sm90,
+    mosaic_sm90,
+    quantize_sm90,
+    quantized_sm90,
+)
+from pallas_kernels.paged_attention import decode_sm90, mla_decode_sm90, prefill_sm90
+from pallas_kernels.paged_attention.configs import decode_config, mla_config, prefill_config
+
+NUM_SMS = 132
+ROWS, EXPERTS, K, N = 1024, 128, 2048, 1536
+HEADS = (
+    (32, 8, 128), (64, 8, 64), (64, 1, 128), (16, 8, 256),
+    (32, 32, 80), (32, 32, 96), (64, 1, 96), (32, 8, 112), (32, 8, 192),
+)  # fmt: skip
+"""Query heads, KV heads and head dimension."""
+
+type Program = tuple[str, Callable[..., Any], tuple[Any, ...]]
+
+
+def shipped_kernels() -> Iterator[Program]:
+    """Yields name, function and arguments of each."""
+    for heads, kv_heads, d in HEADS:
+        for limited in (False, True):
+            yield _attention("decode", heads, kv_heads, d, limited)
+            yield _attention("prefill", heads, kv_heads, d, limited)
+    yield _latent_decode()
+    for activation in (None, "silu", "clamped_swiglu"):
+        for name, config in configs.NAMED.items():
+            if activation is None or config.width % 128 == 0:
+                yield _grouped_gemm(name, activation)
+        for name, config in configs.QUANTIZED.items():
+            if activation is None or config.width == 128:
+                yield _quantized_gemm(name, activation)
+    rows = _shape((256, 7168))
+    index = _shape((ROWS,), jnp.int32)
+    yield "gather_rows", functools.partial(gather_sm90.gather_rows, num_sms=NUM_SMS), (rows, index)
+    yield "quantize_rows", quantize_sm90.quantize_rows, (rows,)
+
+
+def _shape(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _attention(kind: str, heads: int, kv_heads: int, d: int, limited: bool) -> Program:
+    options: dict[str, Any] = dict(scale=d**-0.5)
+    if limited:
+        sinks = jnp.zeros(heads)
+        options |= dict(window=jnp.int32(9), chunk=jnp.int32(0), soft_cap=3.0, sinks=sinks)
+    pages, integer = _shape((2, 100, 64, kv_heads, d)), _shape((), jnp.int32)
+    ragged = _shape((4, 10), jnp.int32), _shape((5,), jnp.int32), _shape((4,), jnp.int32)
+    if kind == "decode":
+        config = decode_config(heads=heads, kv_heads=kv_heads, d=d, dv=d, num_sms=NUM_SMS)
+        run = functools.partial(decode_sm90.paged_decode, **options, config=config)
+        arguments = _shape((4, heads, d)), pages, pages, integer, ragged[0], ragged[2]
+    else:
+        config = prefill_config(d=d, dv=d, num_sms=NUM_SMS)
+        run = functools.partial(prefill_sm90.paged_prefill, **options, config=config)
+        arguments = _shape((100, heads, d)), pages, pages, integer, *ragged
+    name = f"{kind}, {heads}/{kv_heads} heads of {d}" + ", all options" * limited
+    return name, run, arguments
+
+
+def _latent_decode() -> Program:
+    config = mla_config(num_sms=NUM_SMS)
+    run = functools.partial(mla_decode_sm90.mla_decode, scale=0.1, value_dim=512, config=config)
+    integers = [_shape(shape, jnp.int32) for shape in ((), (4, 10), (4,))]
+    arguments = _shape((4, 128, 576)), _shape((2, 100, 64, 1, 576)), *integers
+    return "latent decode, 128 heads of 512", run, arguments
+
+
+def _grouped_gemm(name: str, activation: str | None) -> Program:
+    run = functools.partial(
+        mosaic_sm90.grouped_gemm,
+        activation=activation, config=configs.NAMED[name], num_sms=NUM_SMS,
+    )  # fmt: skip
+    arguments = _shape((ROWS, K)), _shape((2, EXPERTS, K, N)), *_groups()
+    return f"grouped GEMM, {name}, {activation}", run, arguments
+
+
+def _quantized_gemm(name: str, activation: str | None) -> Program:
+    run = functools.partial(
+        quantized_sm90.grouped_gemm,
+        activation=activation, config=configs.QUANTIZED[name], num_sms=NUM_SMS,
+    )  # fmt: skip
+    narrow, wide = jnp.float8_e4m3fn, jnp.float32
+    rows = QuantizedRows(_shape((ROWS, K), narrow), _shape((K // 128, ROWS), wide))
+    matrices = QuantizedMatrices(
+        _shape((2, EXPERTS, N, K), narrow), _shape((2, EXPERTS, N // 128, K // 128), wide)
+    )
+    return f"grouped GEMM in float8, {name}, {activation}", run, (rows, matrices, *_groups())
+
+
+def _groups() -> tuple[Any, Any]:
+    return _shape((EXPERTS,), jnp.int32), _shape((), jnp.int32)
