@@ -13,6 +13,7 @@ from llmjax.explore.steps import Step, read_steps
 from llmjax.explore.table import Report, Table
 from llmjax.explore.tables import format_axes, format_bytes, format_shape, format_spec
 from llmjax.explore.traffic import ExpertTraffic, list_traffic
+from llmjax.models.layer_stack import LayerStack, stack_layers
 from llmjax.plans import resolve
 from meshes import ParallelPlan, Rules
 
@@ -30,6 +31,8 @@ class Description:
     """Type of weights, activations and cache."""
     layout: Layout
     """Shape, spec and bytes of every weight, and of the cache."""
+    stack: LayerStack
+    """The layers of each pipeline stage."""
     steps: tuple[Step, ...]
     """What the compiled decode step and prefill step send."""
     traffic: tuple[ExpertTraffic, ...]
@@ -65,6 +68,7 @@ class Description:
             title=f"{self.model} in {self.dtype} on {self.plan}, {count} device{'s' * (count > 1)}",
             tables=(
                 self._sum_up(),
+                *self._list_stages(),
                 _list_weights(self.layout),
                 *self._list_traffic(),
                 *(_list_collectives(step, self.plan) for step in self.steps),
@@ -99,12 +103,28 @@ class Description:
         rows = tuple((name, *sizes) for name, sizes in _sizes(self).items())
         return Table(title="Bytes", columns=("", "in all", "a device"), rows=rows)
 
+    def _list_stages(self) -> tuple[Table, ...]:
+        stages = self.stack.layers
+        rows = []
+        for stage, places in enumerate(stages):
+            layers = [layer for layer in places if layer >= 0]
+            empty = len(places) - len(layers)
+            rows.append((str(stage), f"{layers[0]} to {layers[-1]}", str(len(layers)), str(empty)))
+        title = (
+            "Pipeline stages: each has all places for layers, and empty ones take memory and time"
+        )
+        columns = ("stage", "layers", "count", "empty places")
+        return (Table(title=title, columns=columns, rows=tuple(rows)),) if len(stages) > 1 else ()
+
     def _list_traffic(self) -> tuple[Table, ...]:
         columns = ("tokens", "dispatch", "rounds", "a device sends", "its buffers", "largest round")
         rows = tuple((tokens, *cells) for tokens, cells in _traffic(self).items())
+        budget = f"fit into {format_bytes(self.buffer_budget)}"
+        if self.buffer_budget == 0:
+            budget = "fit, which is none: the weights alone take all memory of a device"
         title = (
             "Expert dispatch of a layer, by tokens of a batch rank; the largest round is the most "
-            f"tokens whose buffers fit into {format_bytes(self.buffer_budget)}"
+            f"tokens whose buffers {budget}"
         )
         return (Table(title=title, columns=columns, rows=rows),) if rows else ()
 
@@ -145,6 +165,7 @@ def describe(
         model=config.architecture if isinstance(model, ModelConfig) else str(model),
         dtype=str(engine.dtype),
         layout=layout,
+        stack=stack_layers(config, Rules(plan)),
         steps=programs.steps,
         traffic=list_traffic(
             config, Rules(plan), engine, token_counts=programs.token_counts, budget=budget

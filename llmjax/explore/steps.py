@@ -2,10 +2,11 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import Any, get_args, get_type_hints
 
 import jax
@@ -19,8 +20,8 @@ from llmjax.explore.collectives import Collective, read_collectives
 from llmjax.weights.model import declared_params, nest
 from meshes import ParallelPlan, PlanError, Rules, make_mesh
 
-KEEP_BFLOAT16 = {"xla_disable_hlo_passes": "float-normalization-bf16"}
-"""XLA:CPU would widen bfloat16 to float32, and with it the messages; on a GPU it does not."""
+SAME_SIZE = {"bfloat16": "float16"}
+"""XLA:CPU widens bfloat16 to float32, and with it the messages; float16 it sends as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +87,10 @@ def rebuild(kind: type[Any], values: Mapping[str, Any]) -> Any:
 
 def _compile_and_read(config: ModelConfig, plan: ParallelPlan, engine: EngineConfig) -> Programs:
     rules, mesh = Rules(plan), make_mesh(plan)
+    platform = mesh.devices.flat[0].platform
+    if platform == "cpu":
+        dtype = str(engine.dtype)
+        engine = replace(engine, dtype=SAME_SIZE.get(dtype, dtype))
     weights = {
         path: jax.ShapeDtypeStruct(
             param.shape, param.dtype, sharding=NamedSharding(mesh, param.out_sharding)
@@ -93,15 +98,13 @@ def _compile_and_read(config: ModelConfig, plan: ParallelPlan, engine: EngineCon
         for path, param in declared_params(config, rules, jnp.dtype(engine.dtype)).items()
     }
     runner = Runner(config, rules, mesh, nest(weights), engine)
-    platform = mesh.devices.flat[0].platform
     buckets = {
         "decode": max(bucket for bucket in runner.buckets if not bucket.prefill_tokens),
         "prefill": max(runner.buckets),
     }
-    kept = KEEP_BFLOAT16 if platform == "cpu" else {}
     compiled = compile_steps(
         {bucket: runner.lower(bucket) for bucket in buckets.values()},
-        compiler_options={**kept, **runner.compiler_options},
+        compiler_options=runner.compiler_options,
     )
     steps = tuple(
         Step(
@@ -133,13 +136,22 @@ def _read_apart(config: ModelConfig, plan: ParallelPlan, engine: EngineConfig) -
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     if done.returncode:
-        raise RuntimeError(f"The process that compiles for {plan} failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(
+            f"The process that compiles for {plan} ended with {done.returncode}: "
+            f"{_find_reason(done.stderr)}"
+        )
     answer = json.loads(done.stdout.splitlines()[-1])
     if "error" in answer:
         raise {"ConfigError": ConfigError, "PlanError": PlanError}[answer["error"]](
             answer["sentence"]
         )
     return rebuild(Programs, answer["programs"])
+
+
+def _find_reason(errors: str) -> str:
+    """XLA's last words before it aborts, else the end of what Python says."""
+    fatal = re.findall(r"^F\d{4} .*", errors, re.MULTILINE)
+    return fatal[0] if fatal else errors[-2000:]
 
 
 def _restore(hint: Any, value: Any) -> Any:

@@ -59,7 +59,7 @@ def run_stages(
         index = lax.axis_index(STAGES)
         x = jnp.where(index == 0, entering, _cut(_only(held), entering, rules))
         x, cache = body(stack, cache, placement, x)
-        leaving = lax.psum(jnp.where(index == stages - 1, x, 0), STAGES)
+        leaving = _share(x, index == stages - 1, rules)
         ring = [(source, (source + 1) % stages) for source in range(stages)]
         handed = lax.ppermute(x, STAGES, ring)
         return leaving, cache, _fill(_only(held), handed, rules)[None]
@@ -93,6 +93,17 @@ def count_stage_tokens(
         return island(body, in_specs=rules.spec("layers", "tokens"), out_specs=PartitionSpec())(
             is_real
         )
+
+
+def _share(x: Array, is_source: Array, rules: Rules) -> Array:
+    """Gives one stage's tokens to all stages."""
+    tokens = rules.spec("tokens", None)
+
+    def body(x: Array, is_source: Array) -> Array:
+        # Outside an island XLA:CPU refuses this sum in bfloat16: it aborts the process.
+        return lax.psum(jnp.where(is_source, x, 0), STAGES)
+
+    return island(body, in_specs=(tokens, PartitionSpec()), out_specs=tokens)(x, is_source)
 
 
 def _only(x: Array) -> Array:

@@ -100,6 +100,16 @@ def same_logprobs(one: Any, other: Any) -> bool:
     )
 
 
+def test_in_bfloat16_stages_give_the_logits_of_one_device(llm_on):
+    (ids, *_), logits = draw_prompts(1), []
+    for plan in (ParallelPlan(), ParallelPlan(pp=3)):
+        llm = llm_on("llama", plan, **(TIGHT | {"dtype": "bfloat16"}))
+        assert len(llm.generate([ids], SamplingParams(max_tokens=4, ignore_eos=True))) == 1
+        logits.append(llm.logits(ids))
+    # bfloat16 keeps 8 bits, and three layers add up their roundings.
+    np.testing.assert_allclose(logits[1], logits[0], rtol=0, atol=2**-5 * np.abs(logits[0]).max())
+
+
 def test_closing_a_stream_lets_its_micro_batch_pass_and_frees_its_pages(served):
     llm = served[UNEVEN]
     stream = llm.stream([5, 6, 7, 8, 9], SamplingParams(temperature=0, max_tokens=30))

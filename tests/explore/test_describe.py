@@ -118,6 +118,17 @@ def test_the_dispatch_of_experts_is_described_as_it_is_compiled():
     assert ["36", "all_to_all", "1"] in [line[:3] for line in text]
 
 
+def test_a_pipeline_in_bfloat16_with_one_request_a_rank_is_described():
+    sizes = {"max_batch_size": 2, "batch_buckets": (2,), "token_buckets": (32,)}
+    found = describe(
+        ParallelPlan(pp=2, cp=2), LLAMA, **(SMALL | sizes), dtype="bfloat16", device_gib=1e-6
+    )
+    handed = [one for one in found.steps[0].collectives if one.kind == "collective-permute"]
+    assert [(one.axes, one.num_bytes) for one in handed] == [(("pp",), 1 * 64 * 2)]
+    lines = [line.split() for line in str(found).splitlines()]
+    assert ["0", "0", "to", "1", "2", "0"] in lines and ["1", "2", "to", "2", "1", "1"] in lines
+
+
 def test_a_difference_holds_the_rows_that_differ_and_no_others(described):
     one, other = described[TENSOR], described[ATTENTION_DP]
     assert str(one.diff(one)).endswith("no difference")
