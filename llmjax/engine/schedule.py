@@ -60,6 +60,30 @@ class SchedulerConfig:
         """Most requests that decode in a step: an equal share for each stage."""
         return -(-self.max_batch_size // self.num_stages)
 
+    def check_fits(self, request: Request) -> None:
+        """Raises ValueError for a request that could never finish."""
+        num_prompt = len(request.prompt_ids)
+        if num_prompt == 0 or request.max_tokens < 1:
+            raise ValueError(
+                f"request {request.id} has {num_prompt} prompt tokens and "
+                f"max_tokens={request.max_tokens}: each must be at least 1"
+            )
+        if num_prompt >= self.max_seq_len:
+            raise ValueError(
+                f"the prompt has {num_prompt} tokens and max_seq_len={self.max_seq_len} counts "
+                f"the generated ones too: use at most {self.max_seq_len - 1} prompt tokens"
+            )
+        # The last sampled token is never fed.
+        num_fed = min(num_prompt + request.max_tokens, self.max_seq_len) - 1
+        num_slots = self.num_pages * self.page_size
+        if num_fed > num_slots:
+            raise ValueError(
+                f"the request may need the keys and values of {num_fed} tokens and a batch rank "
+                f"has room for {num_slots} (num_pages={self.num_pages} * "
+                f"page_size={self.page_size}): use a shorter prompt, "
+                f"max_tokens <= {max(num_slots + 1 - num_prompt, 0)}, or more KV cache"
+            )
+
 
 class Work(NamedTuple):
     """The tokens that one request feeds in one step.

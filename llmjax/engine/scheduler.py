@@ -7,96 +7,15 @@ then its pages and slots stay where they are, whatever becomes of its requests.
 import bisect
 import hashlib
 import struct
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from operator import attrgetter
 
 from llmjax.engine.alignment import PrefillAlignment
 from llmjax.engine.block_manager import BlockManager
+from llmjax.engine.rank import Rank
+from llmjax.engine.rank_step import RankStep, share_of_prefill
 from llmjax.engine.request import FinishReason, Request, RequestStatus
 from llmjax.engine.schedule import Schedule, SchedulerConfig, Work
-
-
-@dataclass(eq=False, kw_only=True)
-class _Rank:
-    """One batch rank: its pages, its slots and the requests that hold them."""
-
-    index: int
-    blocks: BlockManager
-    free_slots: list[int]
-    recent_prefills: deque[int]
-    """Prompt tokens that the other stages of a pipeline carry, fed in the ticks before."""
-    running: list[Request] = field(default_factory=list)
-    """Ordered by arrival."""
-    draining: list[Request] = field(default_factory=list)
-    """Finished or preempted, but still in flight: their pages and slots cannot be reused yet."""
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(request.num_tokens for request in self.running)
-
-    @property
-    def num_prefill_tokens(self) -> int:
-        """Prompt tokens in the pipeline and in prompts under way."""
-        uncomputed = (request.num_uncomputed for request in self.running)
-        return sum(self.recent_prefills) + sum(count for count in uncomputed if count > 1)
-
-
-@dataclass(eq=False, kw_only=True)
-class _RankStep:
-    """The part of a step that one rank computes, while it is put together."""
-
-    rank: _Rank
-    token_budget: int
-    prefill_budget: int
-    prefill_tokens: int
-    """Prompt tokens that the step may still take."""
-    next_token_at: int
-    """The tick in which tokens that this step samples can be fed."""
-    decodes: list[Work] = field(default_factory=list)
-    prefills: list[Work] = field(default_factory=list)
-
-    def decode(self, request: Request) -> None:
-        """Schedule the one token that is not computed yet, the last of the request's pages."""
-        start = request.num_computed
-        on_device = start >= len(request.token_ids)
-        self.decodes.append(Work(request, start, 1, True, tuple(request.pages), on_device))
-        self.token_budget -= 1
-        request.ready_at = self.next_token_at
-        request.num_computed += 1
-        request.in_flight += 1
-        request.pending_samples += 1
-
-    @property
-    def takes_prefill(self) -> bool:
-        """Whether a prompt, or a part of one, still fits."""
-        return bool(self.token_budget and self.prefill_budget and self.prefill_tokens)
-
-    def add(self, request: Request) -> None:
-        """Schedule as many of the request's next tokens as the budget allows."""
-        start = request.num_computed
-        count = min(request.num_uncomputed, self.token_budget, self.prefill_tokens)
-        num_pages = self.rank.blocks.pages_for(start + count)
-        work = Work(
-            request=request,
-            start=start,
-            count=count,
-            samples=count == request.num_uncomputed,
-            pages=tuple(request.pages[:num_pages]),
-            token_on_device=start >= request.num_tokens,
-        )
-        if work.is_decode:
-            self.decodes.append(work)
-        else:
-            self.prefills.append(work)
-            self.prefill_budget -= 1
-            self.prefill_tokens -= count
-        self.token_budget -= count
-        if work.samples:
-            request.ready_at = self.next_token_at
-        request.num_computed += count
-        request.in_flight += 1
-        request.pending_samples += work.samples
 
 
 class Scheduler:
@@ -109,19 +28,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig):
         self.config = config
         self.num_preemptions = 0
-        self._ranks = [
-            _Rank(
-                index=index,
-                blocks=BlockManager(
-                    num_pages=config.num_pages,
-                    page_size=config.page_size,
-                    enable_block_reuse=config.enable_block_reuse,
-                ),
-                free_slots=list(range(config.max_batch_size)),
-                recent_prefills=deque(maxlen=config.num_stages - 1),
-            )
-            for index in range(config.num_ranks)
-        ]
+        self._ranks = [Rank.empty(index, config) for index in range(config.num_ranks)]
         self._alignment = None
         if config.attention_dp_balance:
             self._alignment = PrefillAlignment(
@@ -163,7 +70,9 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request; raises ValueError for one that could never finish."""
-        self._check_fits(request)
+        if request.id in self._unfinished:
+            raise ValueError(f"request id {request.id} is in use: give each request its own id")
+        self.config.check_fits(request)
         room = self.config.max_seq_len - len(request.prompt_ids)
         request.max_tokens = min(request.max_tokens, room)
         request.arrival = self._num_arrived
@@ -191,9 +100,9 @@ class Scheduler:
     def schedule(self) -> Schedule | None:
         """Choose what enters in this tick; None if nothing can before a step in flight retires."""
         self._tick += 1
-        prefill_tokens = self._share_of_prefill()
+        prefill_tokens = share_of_prefill(self._ranks, self._waiting, self.config)
         steps = [
-            _RankStep(
+            RankStep(
                 rank=rank,
                 token_budget=self.config.max_num_tokens,
                 prefill_budget=self.config.max_prefill_requests,
@@ -210,7 +119,7 @@ class Scheduler:
         can_admit = num_preemptions == self.num_preemptions and self._ranks_are_aligned(steps)
         admitted = self._admit(steps) if can_admit else []
         for step in steps:
-            step.rank.recent_prefills.append(sum(work.count for work in step.prefills))
+            step.rank.recent_prefills.append(step.num_prefilled)
         ranks = tuple((*step.decodes, *step.prefills) for step in steps)
         if not any(ranks):
             return None
@@ -225,27 +134,7 @@ class Scheduler:
         self._record(schedule)
         return schedule
 
-    def _share_of_prefill(self) -> int:
-        """Prompt tokens that a rank may feed in this tick: the same for each stage of a pipeline.
-
-        All stages of a tick are padded to the longest prefill among them. So the tokens that the
-        other stages carry and those that wait are dealt out equally, up to the next size for which
-        a step is compiled: below it nothing is saved.
-        """
-        config = self.config
-        if config.num_stages == 1 or not config.enable_chunked_prefill:
-            return config.max_num_tokens
-        num_slots = sum(len(rank.free_slots) for rank in self._ranks)
-        queued = [request.num_tokens for request in self._waiting[:num_slots]]
-        # Ranks take prompts in turn, and none takes less than a whole one.
-        per_rank = max(-(-sum(queued) // config.num_ranks), max(queued, default=0))
-        prefill = per_rank + max(rank.num_prefill_tokens for rank in self._ranks)
-        share = max(-(-prefill // config.num_stages), 1)
-        if not config.prefill_sizes:
-            return share
-        return next((size for size in config.prefill_sizes if size >= share), config.max_num_tokens)
-
-    def _schedule_decodes(self, step: _RankStep) -> None:
+    def _schedule_decodes(self, step: RankStep) -> None:
         # Micro-batches of the same size keep all stages of a pipeline busy.
         limit = -(-len(step.rank.running) // self.config.num_stages)
         # A preemption removes requests from the end of the list, never one that was passed.
@@ -259,14 +148,14 @@ class Scheduler:
             if request.wants_tokens and self._reserve_next_page(request, step.rank):
                 step.decode(request)
 
-    def _schedule_chunks(self, step: _RankStep) -> None:
+    def _schedule_chunks(self, step: RankStep) -> None:
         for request in step.rank.running:
             if not step.takes_prefill:
                 return
             if request.num_uncomputed > 1:
                 step.add(request)
 
-    def _reserve_next_page(self, request: Request, rank: _Rank) -> bool:
+    def _reserve_next_page(self, request: Request, rank: Rank) -> bool:
         """Make room for the request's next token, preempting the latest arrivals if need be."""
         while not rank.blocks.extend(request.pages, request.num_computed + 1):
             latest = rank.running[-1]
@@ -277,16 +166,15 @@ class Scheduler:
             self._preempt(latest, rank)
         return True
 
-    def _preempt(self, request: Request, rank: _Rank) -> None:
-        rank.running.remove(request)
+    def _preempt(self, request: Request, rank: Rank) -> None:
+        rank.drop(request)
         request.status = RequestStatus.WAITING
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._preempted.append(request)
-        bisect.insort(self._waiting, request, key=_arrival)
-        self._release_when_idle(request)
+        bisect.insort(self._waiting, request, key=attrgetter("arrival"))
 
-    def _ranks_are_aligned(self, steps: list[_RankStep]) -> bool:
+    def _ranks_are_aligned(self, steps: list[RankStep]) -> bool:
         """Whether new requests may start now, or wait for those of other ranks."""
         if self._alignment is None:
             return True
@@ -297,7 +185,7 @@ class Scheduler:
             prefilling=[bool(step.prefills) or step in served for step in steps],
         )
 
-    def _admit(self, steps: list[_RankStep]) -> list[Request]:
+    def _admit(self, steps: list[RankStep]) -> list[Request]:
         """Move requests from the queue's front to the ranks that hold the fewest tokens."""
         admitted: list[Request] = []
         # The first one that cannot go holds up the rest, or small requests could starve it.
@@ -309,7 +197,7 @@ class Scheduler:
             admitted.append(self._waiting.pop(0))
         return admitted
 
-    def _admit_to(self, step: _RankStep, request: Request) -> bool:
+    def _admit_to(self, step: RankStep, request: Request) -> bool:
         rank = step.rank
         if not (rank.free_slots and step.takes_prefill):
             return False
@@ -329,14 +217,9 @@ class Scheduler:
         pages = rank.blocks.admit(request.token_ids, matched=matched, spare=len(rank.running))
         if pages is None:
             return False
-        request.status = RequestStatus.RUNNING
-        request.rank = rank.index
-        request.slot = rank.free_slots.pop(0)
-        request.pages = pages
-        request.num_computed = num_cached
+        rank.hold(request, pages, num_cached=num_cached)
         if request.num_preemptions == 0:
             request.num_cached = num_cached
-        bisect.insort(rank.running, request, key=_arrival)
         step.add(request)
         return True
 
@@ -361,7 +244,7 @@ class Scheduler:
                     changed.append(work.request)
         return changed
 
-    def _retire_work(self, work: Work, rank: _Rank, tokens: Mapping[int, int]) -> bool:
+    def _retire_work(self, work: Work, rank: Rank, tokens: Mapping[int, int]) -> bool:
         """Settle one request's part of a step; whether the request got a token."""
         request, start, count, samples, pages, _ = work
         request.in_flight -= 1
@@ -376,9 +259,8 @@ class Scheduler:
         page_size = self.config.page_size
         if num_computed // page_size > start // page_size:
             rank.blocks.commit(request.token_ids, pages, num_computed)
-        if rank.draining and request.in_flight == 0 and request in rank.draining:
-            rank.draining.remove(request)
-            self._release(request, rank)
+        if rank.draining:
+            rank.release_drained(request)
         if got_token and request.is_finished:
             self._remove_finished(request, was_running=was_running)
         return got_token
@@ -386,55 +268,10 @@ class Scheduler:
     def _remove_finished(self, request: Request, *, was_running: bool) -> None:
         del self._unfinished[request.id]
         if was_running:
-            self._rank_of(request).running.remove(request)
-            self._release_when_idle(request)
+            assert request.rank is not None
+            self._ranks[request.rank].drop(request)
         else:
             self._waiting.remove(request)
-
-    def _release_when_idle(self, request: Request) -> None:
-        rank = self._rank_of(request)
-        if request.in_flight:
-            rank.draining.append(request)
-        else:
-            self._release(request, rank)
-
-    def _release(self, request: Request, rank: _Rank) -> None:
-        assert request.slot is not None
-        rank.blocks.release(request.pages)
-        bisect.insort(rank.free_slots, request.slot)
-        request.pages = []
-        request.num_computed = 0
-        request.rank = request.slot = None
-
-    def _rank_of(self, request: Request) -> _Rank:
-        assert request.rank is not None
-        return self._ranks[request.rank]
-
-    def _check_fits(self, request: Request) -> None:
-        config = self.config
-        num_prompt = len(request.prompt_ids)
-        if request.id in self._unfinished:
-            raise ValueError(f"request id {request.id} is in use: give each request its own id")
-        if num_prompt == 0 or request.max_tokens < 1:
-            raise ValueError(
-                f"request {request.id} has {num_prompt} prompt tokens and "
-                f"max_tokens={request.max_tokens}: each must be at least 1"
-            )
-        if num_prompt >= config.max_seq_len:
-            raise ValueError(
-                f"the prompt has {num_prompt} tokens and max_seq_len={config.max_seq_len} counts "
-                f"the generated ones too: use at most {config.max_seq_len - 1} prompt tokens"
-            )
-        # The last sampled token is never fed.
-        num_fed = min(num_prompt + request.max_tokens, config.max_seq_len) - 1
-        num_slots = config.num_pages * config.page_size
-        if num_fed > num_slots:
-            raise ValueError(
-                f"the request may need the keys and values of {num_fed} tokens and a batch rank "
-                f"has room for {num_slots} (num_pages={config.num_pages} * "
-                f"page_size={config.page_size}): use a shorter prompt, "
-                f"max_tokens <= {max(num_slots + 1 - num_prompt, 0)}, or more KV cache"
-            )
 
     def _record(self, schedule: Schedule) -> None:
         numbers = [schedule.index]
@@ -445,14 +282,10 @@ class Scheduler:
         self._digest.update(struct.pack(f"<{len(numbers)}q", *numbers))
 
 
-def _arrival(request: Request) -> int:
-    return request.arrival
-
-
-def _num_tokens(step: _RankStep) -> int:
+def _num_tokens(step: RankStep) -> int:
     return step.rank.num_tokens
 
 
-def _load(step: _RankStep) -> tuple[int, int]:
+def _load(step: RankStep) -> tuple[int, int]:
     """What the step prefills comes first: its fullest rank is what all others wait for."""
-    return sum(work.count for work in step.prefills), step.rank.num_tokens
+    return step.num_prefilled, step.rank.num_tokens
