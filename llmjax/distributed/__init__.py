@@ -1,4 +1,4 @@
-"""Several processes that run the same program: start, agreement, and a clear end.
+"""Several processes that run the same program: start, agreement, shared arrays, a clear end.
 
 Every process schedules on its own; they stay alike because process 0 hands out the requests and
 nothing else enters a schedule. All of them must make the same calls in the same order.
@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src import distributed
+from jax.sharding import Sharding
 
 from llmjax.distributed.lifeline import DistributedError, Lifeline, gather, join
 
@@ -20,7 +22,7 @@ HEARTBEAT_SECONDS = 30
 DAY_SECONDS = 24 * 60 * 60
 """How long processes wait for each other: while the others live, there is no reason to end."""
 
-__all__ = ["DistributedError", "broadcast", "check_agreement", "initialize"]
+__all__ = ["DistributedError", "broadcast", "check_agreement", "initialize", "place"]
 
 
 def initialize(coordinator: str, num_hosts: int, host_id: int, *, start_seconds: int = 60) -> None:
@@ -87,6 +89,13 @@ def check_agreement(facts: Mapping[str, str]) -> None:
                     f"{process} has {others.get(name)}. Start all of them with the same version, "
                     "model and options, and make the same calls in each."
                 )
+
+
+def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
+    """Lays an array that every process holds whole on the devices."""
+    if jax.process_count() == 1:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 def _exchange(text: str) -> list[str]:

@@ -2,14 +2,13 @@
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import platformdirs
-from jax.sharding import Mesh
 
 from llmjax.config import ConfigError, EngineConfig
 from llmjax.engine.batch import Bucket
@@ -125,46 +124,6 @@ def enable_compile_cache(setting: bool | str) -> Path | None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return Path(setting)
-
-
-def count_pages(
-    mesh: Mesh,
-    *,
-    page_bytes: int,
-    weight_bytes: int,
-    measure_temporaries: Callable[[], int],
-    fraction: float,
-    min_pages: int,
-    num_ranks: int,
-) -> int:
-    """Pages of a batch rank: what the devices have left, or on CPU a stated size.
-
-    All sizes are those of one device. A GPU gives `fraction` of the memory that weights and
-    temporaries leave, rounded down to 1/64 of the device, so that programs are found in the cache
-    again. On CPU the batch ranks share 1 GiB, and each holds at least one request of full length.
-
-    Raises:
-        ConfigError: not even `min_pages` fit.
-    """
-    device = mesh.local_devices[0]
-    if device.platform == "cpu":
-        return max(CPU_POOL_BYTES // num_ranks // page_bytes, min_pages)
-    limit = device.memory_stats()["bytes_limit"]
-    temporary_bytes = measure_temporaries()
-    grain = limit // 64
-    pool = int((limit - weight_bytes - temporary_bytes) * fraction) // grain * grain
-    pages = pool // page_bytes
-    if pages < 1:
-        raise ConfigError(
-            f"No memory is left for the KV cache: of {limit / 2**30:.1f} GiB the weights take "
-            f"{weight_bytes / 2**30:.1f} and a step's temporaries {temporary_bytes / 2**30:.1f}. "
-            "Use more devices, a smaller dtype or a smaller max_num_tokens."
-        )
-    return pages
-
-
-CPU_POOL_BYTES = 2**30
-"""KV cache of all batch ranks on CPU."""
 
 
 def _round_up(sizes: Sequence[int], divisor: int) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ from llmjax.config import ConfigError
 from llmjax.engine.compile import CompileWatch
 from llmjax.engine.interrupts import uninterrupted
 from llmjax.engine.request import Request
-from llmjax.engine.runner import MAX_BIAS, MAX_STOP_IDS, Dispatched, Runner
+from llmjax.engine.runner import Dispatched, Runner
+from llmjax.engine.sampler_slots import MAX_BIAS, MAX_STOP_IDS
 from llmjax.engine.schedule import Schedule, Work
 from llmjax.engine.scheduler import Scheduler
 from llmjax.engine.stats import EngineStats, Tick

@@ -1,11 +1,10 @@
 """Runs steps on the devices: owns the weights, the state and the compiled programs."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod
 from typing import Any
 
 import jax
@@ -15,27 +14,20 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Float32
 
-from llmjax.config import ConfigError, EngineConfig, ModelConfig, SamplingParams
-from llmjax.engine.batch import Bucket, pack_schedule, sampling_columns
-from llmjax.engine.compile import choose_buckets, compile_steps, count_pages, pick_bucket
+from llmjax.config import EngineConfig, ModelConfig, SamplingParams
+from llmjax.distributed import place
+from llmjax.engine.batch import Bucket, pack_schedule
+from llmjax.engine.compile import choose_buckets, compile_steps, pick_bucket
+from llmjax.engine.kv_pool import choose_num_pages, count_pages, device_bytes
 from llmjax.engine.request import Request
+from llmjax.engine.sampler_slots import SamplerSlots
 from llmjax.engine.schedule import Schedule, SchedulerConfig, Work
 from llmjax.engine.step import EngineState, StepMaker, StepOutput
 from llmjax.layers.kv_cache import empty_cache
 from llmjax.layers.moe import DispatchOptions
-from llmjax.layers.sampler_state import GENERATED, PROMPT, UNUSED, fill_slot, init_state
 from llmjax.models.decoder import RunOptions, cache_shapes, padded_vocab
 from llmjax.weights.model import Weights, abstract_decoder
 from meshes import Rules
-
-FILL_CHUNK = 1024
-"""Token ids that one call of `fill_slot` takes."""
-MAX_BIAS = 1024
-"""Most entries of a request's logit bias."""
-UNASKED_CONTEXT = 8192
-"""Tokens of a request that the KV cache on CPU holds at least, where no length was asked for."""
-MAX_STOP_IDS = 64
-"""Most stop tokens that `min_tokens` can hold back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +88,10 @@ class Runner:
         context = config.max_position_embeddings
         self.max_seq_len = min(engine.max_seq_len or context, context)
         self.buckets = self._choose_buckets(self.max_seq_len)
-        self._columns: dict[int, np.ndarray] = {}
+        self._packed_sharding = rules.sharding(mesh, None, "requests", None)
+        self._slots = SamplerSlots(
+            rules, mesh, per_rank=self.max_batch_size, processors=list(engine.logits_processors)
+        )
         self._starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llmjax-steps")
 
     def prepare(self) -> None:
@@ -105,14 +100,19 @@ class Runner:
         Raises:
             ConfigError: the pool would be smaller than what was asked for.
         """
-        self.num_pages = self._count_pages(self.max_seq_len)
+        self.num_pages = choose_num_pages(
+            self.engine,
+            longest=self.max_seq_len,
+            block_size=self.block_size,
+            fit_pages=self._fit_pages,
+        )
         # The pool may hold less than the context; what it holds is what can be promised.
         self.max_seq_len = min(self.max_seq_len, self.num_pages * self.block_size)
         with self._tracing():
             make_state = jax.jit(partial(self._empty_state, self.num_pages))
             self.state: EngineState = make_state()
             self._steps = self._compile()
-            self._fill_slot = self._compile_fill_slot()
+            self._slots.compile(self.state.sampler)
 
     @property
     def block_size(self) -> int:
@@ -168,7 +168,7 @@ class Runner:
         packed = np.stack([self._pack(schedule, bucket) for schedule in stages])
         # A compiled step lays a NumPy array on its devices for a tenth of what device_put costs.
         one_process = jax.process_count() == 1
-        placed = packed if one_process else self._put(packed, None, "requests", None)
+        placed = packed if one_process else place(packed, self._packed_sharding)
         admitted = stages[0].admitted if stages[0] else ()
         started = self._starter.submit(self._start, bucket, placed, admitted)
         return Dispatched(stages=tuple(stages), bucket=bucket, started=started)
@@ -180,7 +180,7 @@ class Runner:
             bucket,
             page_size=self.block_size,
             max_batch_size=self.max_batch_size,
-            sampling_of=self._sampling_of,
+            sampling_of=self._slots.columns,
         )
 
     def _start(
@@ -190,7 +190,8 @@ class Runner:
         for request in admitted:
             # Its tokens and its slot stay as they are until the step is read.
             if request.params.needs_state:
-                self._fill(request)
+                sampler = self._slots.fill(self.state.sampler, request)
+                self.state = replace(self.state, sampler=sampler)
         output, self.state = self._steps[bucket](self.weights, self.state, packed)
         output.sampled.tokens.copy_to_host_async()
         if output.stage_tokens is not None:
@@ -208,7 +209,7 @@ class Runner:
 
     def forget(self, request: Request) -> None:
         """Drops what is kept of a request on the host."""
-        self._columns.pop(request.id, None)
+        self._slots.forget(request)
 
     def logits(self, ids: Sequence[int]) -> Float32[np.ndarray, "tokens vocab"]:
         """Logits at every position of one prompt, computed beside the engine's own cache.
@@ -237,7 +238,7 @@ class Runner:
         empty_state = partial(self._empty_state, pages, bucket.tokens)
         with self._tracing():
             compute = jax.jit(self.maker.make_logits(bucket, empty_state))
-            logits = compute(self.weights, self._put(packed, None, "requests", None))
+            logits = compute(self.weights, place(packed, self._packed_sharding))
         return np.asarray(logits)[: len(ids)]
 
     def _make_maker(self) -> StepMaker:
@@ -279,7 +280,7 @@ class Runner:
 
     def _empty_state(self, num_pages: int, tokens: int | None = None) -> EngineState:
         """Zeros; `tokens` is how many a step of a batch rank has at most."""
-        rules, slots = self.rules, self.num_ranks * self.max_batch_size
+        rules = self.rules
         pages = num_pages * rules.size("pages")
         shapes = cache_shapes(self.config, rules, pages=pages, page_size=self.page_size)
         return EngineState(
@@ -290,13 +291,7 @@ class Runner:
                 out_sharding=rules.spec("requests", None),
             ),
             held=self._empty_stages(tokens or max(bucket.tokens for bucket in self.buckets)),
-            sampler=init_state(
-                slots=slots,
-                padded_vocab_size=padded_vocab(self.config, rules),
-                max_bias=MAX_BIAS,
-                max_stop_ids=MAX_STOP_IDS,
-                rules=rules,
-            ),
+            sampler=self._slots.empty(padded_vocab(self.config, rules)),
         )
 
     def _empty_stages(self, tokens: int) -> jax.Array | None:
@@ -306,31 +301,18 @@ class Runner:
         spec = self.rules.spec("layers", "tokens", None)
         return jnp.zeros(shape, self.dtype, out_sharding=spec)
 
-    def _count_pages(self, longest: int) -> int:
-        """Pages of a batch rank: what was asked for, or what the memory holds."""
-        engine = self.engine
-        if engine.kv_cache_max_tokens:
-            pages = -(-engine.kv_cache_max_tokens // self.block_size)
-        else:
-            with self._tracing():
-                page = jax.eval_shape(partial(self._empty_state, 1)).cache
-            promised = longest if engine.max_seq_len else min(longest, UNASKED_CONTEXT)
-            pages = count_pages(
-                self.mesh,
-                page_bytes=_device_bytes(page),
-                weight_bytes=_device_bytes(self.weights),
-                measure_temporaries=self._measure_temporaries,
-                fraction=engine.free_gpu_memory_fraction,
-                min_pages=-(-promised // self.block_size),
-                num_ranks=self.num_ranks,
-            )
-        if engine.max_seq_len and pages * self.block_size < longest:
-            raise ConfigError(
-                f"max_seq_len={longest} takes {-(-longest // self.block_size)} pages of KV cache "
-                f"for a request, and a batch rank holds {pages}: use max_seq_len="
-                f"{pages * self.block_size} or less, or more memory for the cache."
-            )
-        return pages
+    def _fit_pages(self, min_pages: int) -> int:
+        with self._tracing():
+            page = jax.eval_shape(partial(self._empty_state, 1)).cache
+        return count_pages(
+            self.mesh,
+            page_bytes=device_bytes(page),
+            weight_bytes=device_bytes(self.weights),
+            measure_temporaries=self._measure_temporaries,
+            fraction=self.engine.free_gpu_memory_fraction,
+            min_pages=min_pages,
+            num_ranks=self.num_ranks,
+        )
 
     def _measure_temporaries(self) -> int:
         """Bytes beside weights and state that the largest step needs; the pool does not matter."""
@@ -338,92 +320,15 @@ class Runner:
             state = jax.eval_shape(partial(self._empty_state, 1))
             probe = self._lower(max(self.buckets), state)
             memory = probe.compile(self.compiler_options or None).memory_analysis()
-        sampler = _device_bytes(state.sampler)
+        sampler = device_bytes(state.sampler)
         return memory.temp_size_in_bytes + memory.output_size_in_bytes + sampler
 
     def _lower(self, bucket: Bucket, state: EngineState) -> Any:
-        sharding = self.rules.sharding(self.mesh, None, "requests", None)
         shape = (self.num_stages, self.num_ranks, bucket.num_numbers)
-        packed = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+        packed = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._packed_sharding)
         step = jax.jit(self.maker.make(bucket), donate_argnums=1)
         return step.lower(self.weights, state, packed)
 
     def _compile(self) -> dict[Bucket, Any]:
         lowered = {bucket: self._lower(bucket, self.state) for bucket in self.buckets}
         return compile_steps(lowered, compiler_options=self.compiler_options)
-
-    def _compile_fill_slot(self) -> Callable[..., Any]:
-        fill = jax.jit(partial(fill_slot, rules=self.rules), donate_argnums=0)
-        empty = self._slot_arguments(0, [], [], {}, frozenset(), reset=True)
-        return fill.lower(self.state.sampler, *empty).compile()
-
-    def _fill(self, request: Request) -> None:
-        """Writes a request's tokens, biases and stop tokens into its slot."""
-        assert request.rank is not None and request.slot is not None
-        slot = request.rank * self.max_batch_size + request.slot
-        ids = request.token_ids
-        prompt = len(request.prompt_ids)
-        kinds = [PROMPT] * prompt + [GENERATED] * (len(ids) - prompt)
-        for start in range(0, len(ids), FILL_CHUNK):
-            part = slice(start, start + FILL_CHUNK)
-            arguments = self._slot_arguments(
-                slot,
-                ids[part],
-                kinds[part],
-                request.params.logit_bias,
-                request.stop_ids,
-                reset=start == 0,
-            )
-            sampler = self._fill_slot(self.state.sampler, *arguments)
-            self.state = replace(self.state, sampler=sampler)
-
-    def _slot_arguments(
-        self,
-        slot: int,
-        ids: Sequence[int],
-        kinds: Sequence[int],
-        bias: Mapping[int, float],
-        stop_ids: frozenset[int],
-        *,
-        reset: bool,
-    ) -> tuple[jax.Array, ...]:
-        arrays = (
-            np.int32(slot),
-            _pad(ids, FILL_CHUNK, 0, np.int32),
-            _pad(kinds, FILL_CHUNK, UNUSED, np.int32),
-            _pad(list(bias), MAX_BIAS, -1, np.int32),
-            _pad(list(bias.values()), MAX_BIAS, 0, np.float32),
-            _pad(sorted(stop_ids), MAX_STOP_IDS, -1, np.int32),
-            np.bool_(reset),
-        )
-        return tuple(self._put(np.asarray(array)) for array in arrays)
-
-    def _sampling_of(self, request: Request) -> np.ndarray:
-        columns = self._columns.get(request.id)
-        if columns is None:
-            names = list(self.engine.logits_processors)
-            processors = sum(1 << names.index(name) for name in request.params.logits_processors)
-            columns = sampling_columns(request, processors=processors)
-            self._columns[request.id] = columns
-        return columns
-
-    def _put(self, array: np.ndarray, *logical: str | None) -> jax.Array:
-        """An array that every process holds whole, laid on the mesh."""
-        sharding = self.rules.sharding(self.mesh, *logical)
-        if jax.process_count() == 1:
-            return jax.device_put(array, sharding)
-        return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
-
-
-def _device_bytes(tree: Any) -> int:
-    """Bytes that the arrays of a tree take on one device."""
-    return sum(
-        prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
-def _pad(values: Sequence[Any], length: int, fill: int, dtype: Any) -> np.ndarray:
-    array = np.full(length, fill, dtype)
-    array[: len(values)] = values
-    return array

@@ -6,7 +6,8 @@ import pytest
 
 from llmjax.config import ConfigError, EngineConfig
 from llmjax.engine.batch import Bucket
-from llmjax.engine.compile import choose_buckets, count_pages, pick_bucket
+from llmjax.engine.compile import choose_buckets, pick_bucket
+from llmjax.engine.kv_pool import count_pages
 
 GIB = 2**30
 MIB = 2**20
