@@ -8,9 +8,9 @@ they will land in was filled with NaN, and must be finite everywhere.
 
 import functools
 import importlib.util
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,10 @@ import numpy as np
 from jax import lax
 
 from benchmarks import timing
+from benchmarks.timing import compile_all
 from pallas_kernels.grouped_gemm import configs, mosaic_sm90
+
+__all__ = ["SHAPES", "compile_all", "lower", "measure", "rates"]
 
 DISTRIBUTIONS = ("uniform", "zipf")
 
@@ -176,15 +179,6 @@ def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
                 print(f"{shape.name}: {name} does not lower: {str(error)[:200]}", flush=True)
 
 
-def compile_all(folder: Path) -> dict[tuple[int, str], jax.stages.Compiled | Exception]:
-    """Compiles the programs of a folder, side by side, by number of the shape and name."""
-    paths = sorted(folder.glob("*.bin"))
-    with ThreadPoolExecutor(16) as pool:
-        compiled = list(pool.map(_compile, paths))
-    names = [path.stem.split("~") for path in paths]
-    return {(int(i), name): program for (i, name), program in zip(names, compiled, strict=True)}
-
-
 def measure(
     compiled: dict, limits: dict[str, float], *, seconds: float, shapes: Sequence[Shape] = SHAPES
 ) -> list[dict]:
@@ -198,13 +192,6 @@ def measure(
     return rows
 
 
-def _compile(path: Path) -> jax.stages.Compiled | Exception:
-    try:
-        return timing.compile_program(path)
-    except Exception as error:  # A contender that does not compile is a row, not the end.
-        return error
-
-
 def _measure_shape(shape: Shape, compiled: dict, limits: dict[str, float]) -> list[dict]:
     lhs, rhs = shape.operands(jax.random.key(time.time_ns() % 2**31))
     rows = []
@@ -214,15 +201,13 @@ def _measure_shape(shape: Shape, compiled: dict, limits: dict[str, float]) -> li
         want = _exact_rows(shape.exact_row, lhs, rhs, picked, groups)
         for name, program in compiled.items():
             row: dict = {"shape": shape.name, "distribution": distribution, "contender": name}
-            try:
+            with timing.noting_failure(row):
                 if isinstance(program, Exception):
                     raise program
                 arguments = (*jax.tree.leaves((lhs, rhs)), jnp.asarray(sizes))
                 row["error"] = _error(program, arguments, shape, picked, want)
                 us = timing.kernel_microseconds(program, *arguments)
                 row |= rates(shape, sizes, us, limits)
-            except Exception as error:
-                row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
             print(*row.values(), flush=True)
             rows.append(row)
     return rows
@@ -245,14 +230,10 @@ def _exact_rows(one_row: Callable, lhs, rhs, rows, groups):
 
 def _error(program, arguments, shape: Shape, picked: np.ndarray, want: jax.Array) -> float:
     """Relative error of the sampled rows, NaN if anything is not finite."""
-    poison = jnp.full((shape.rows, shape.n), jnp.nan, jnp.bfloat16)
-    poison.block_until_ready()
-    del poison
-    out = program(*arguments)
-    finite = jnp.isfinite(jnp.sum(out, dtype=jnp.float32))
+    out = timing.run_over_nan(program, arguments, (shape.rows, shape.n))
     difference = out[picked].astype(jnp.float32) - want
     error = jnp.linalg.norm(difference) / jnp.linalg.norm(want)
-    return float(jnp.where(finite, error, jnp.nan))
+    return float(error) if timing.all_finite(out) else math.nan
 
 
 def rates(shape: Shape, sizes: np.ndarray, us: float, limits: dict[str, float]) -> dict:

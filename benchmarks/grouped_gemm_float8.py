@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import grouped_gemm, timing
-from benchmarks.grouped_gemm import compile_all, rates
+from benchmarks.grouped_gemm import rates
+from benchmarks.timing import compile_all
 from pallas_kernels import QuantizedMatrices, QuantizedRows, quantize_matrices, quantize_rows
 from pallas_kernels.grouped_gemm import configs, quantized_sm90
 from pallas_kernels.grouped_gemm.quantize import SCALE_BLOCK
@@ -94,11 +95,7 @@ def multiply(values, scales, matrices, matrix_scales, sizes, *, config, num_sms:
 
 def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
     """Writes every JAX program of the benchmark into a folder."""
-    for index, shape in enumerate(SHAPES):
-        for name, function in programs(shape, tune=tune, num_sms=num_sms):
-            path = folder / f"{index:02d}~{name}.bin"
-            if not path.exists():
-                path.write_bytes(timing.lower_program(function, shape.arguments()))
+    timing.lower_all(folder, SHAPES, functools.partial(programs, tune=tune, num_sms=num_sms))
 
 
 def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list[dict]:

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing
-from benchmarks.grouped_gemm import Shape, compile_all
+from benchmarks.grouped_gemm import Shape
 from benchmarks.grouped_gemm_float8 import QuantizedShape, float8_tflops
 from benchmarks.grouped_gemm_layer_programs import CHAIN, VARIANTS, Variant, chain_layers, route
+from benchmarks.timing import compile_all
 from pallas_kernels import quantize_matrices
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import MIN_COPIED_ROWS
@@ -139,7 +140,7 @@ def _measure_layer(layer: Layer, compiled: dict, limits: dict[str, float]) -> li
         if program is None:
             continue
         row: dict = {"shape": layer.name, "distribution": "uniform", "contender": variant.name}
-        try:
+        with timing.noting_failure(row):
             if isinstance(program, Exception):
                 raise program
             chosen = (jnp.asarray(experts), gates)
@@ -158,8 +159,6 @@ def _measure_layer(layer: Layer, compiled: dict, limits: dict[str, float]) -> li
             floor = layer.floor_us(variant, experts, limits)
             kernels = timing.kernel_microseconds(program, *arguments, repeats=5) / CHAIN
             row |= {"roofline_pct": round(100 * floor / us, 1), "kernel_us": round(kernels, 1)}
-        except Exception as error:
-            row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
         print(*row.values(), flush=True)
         rows.append(row)
     return rows

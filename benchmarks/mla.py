@@ -6,60 +6,50 @@ and the last row are compared with float64 after the memory they will land in wa
 and must be finite everywhere.
 """
 
-import functools
-import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from benchmarks import timing
+from benchmarks.pages import (
+    DecodeShape,
+    decode_error,
+    exact_attention,
+    num_places,
+    random_pool,
+    random_table,
+    rates,
+)
+from benchmarks.timing import compile_all
 from pallas_kernels import reference
 from pallas_kernels.paged_attention import configs
 from pallas_kernels.paged_attention.mla_decode_sm90 import mla_decode
 from pallas_kernels.paged_attention.mla_shape import MlaConfig
 
+__all__ = ["SHAPES", "compile_all", "lower", "measure"]
+
 D, DV = 576, 512
 SCALE = 192**-0.5
 POOL_POSITIONS = 2**21
 """Positions of the pool: twice those of 64 rows of 16k."""
-COLD_BYTES = 200e6
-"""Bytes of different places to read in turn: more than three times the L2 cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class Shape(DecodeShape):
     """One decode step of one layer."""
 
-    rows: int
-    context: int
     heads: int = 128
-    page: int = 64
 
     @property
     def name(self) -> str:
         return f"{self.rows} x {self.context}, {self.heads} heads"
-
-    @property
-    def distribution(self) -> str:
-        return f"ragged, page {self.page}"
-
-    @property
-    def width(self) -> int:
-        return self.context // self.page
-
-    def lengths(self) -> np.ndarray:
-        rng = np.random.default_rng(0)
-        lengths = rng.integers(self.context // 2, self.context + 1, self.rows)
-        lengths[0] = self.context
-        return lengths.astype(np.int32)
 
     def bytes(self) -> float:
         return 2.0 * D * int(self.lengths().sum())
@@ -129,34 +119,13 @@ def programs(shape: Shape, *, tune: bool, num_sms: int) -> Iterator[tuple[str, C
 
 def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
     """Writes the programs into a folder."""
-    for index, shape in enumerate(SHAPES):
-        for name, function in programs(shape, tune=tune, num_sms=num_sms):
-            path = folder / f"{index:02d}~{name}.bin"
-            if not path.exists():
-                path.write_bytes(timing.lower_program(function, shape.arguments()))
-
-
-def compile_all(folder: Path) -> dict[tuple[int, str], jax.stages.Compiled | Exception]:
-    """Compiles every program side by side, by number of the shape and name."""
-    jobs: dict[tuple[int, str], Callable[[], jax.stages.Compiled]] = {}
-    for path in sorted(folder.glob("*.bin")):
-        index, name = path.stem.split("~")
-        jobs[int(index), name] = functools.partial(timing.compile_program, path)
-    with ThreadPoolExecutor(16) as pool:
-        return dict(zip(jobs, pool.map(_attempt, jobs.values()), strict=True))
-
-
-def _attempt(job: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled | Exception:
-    try:
-        return job()
-    except Exception as error:  # A contender that does not compile is a row, not the end.
-        return error
+    timing.lower_all(folder, SHAPES, partial(programs, tune=tune, num_sms=num_sms))
 
 
 def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list[dict]:
     """A row for every program, while time is left."""
     deadline = time.monotonic() + seconds
-    pool = _pool(jax.random.key(time.time_ns() % 2**31))
+    pool = random_pool(jax.random.key(time.time_ns() % 2**31), POOL_POSITIONS * D)
     rows = []
     for index, shape in enumerate(SHAPES):
         # Outside of a program a reshape copies: once here, not once for every place.
@@ -168,68 +137,33 @@ def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list
     return rows
 
 
-@jax.jit
-def _pool(key: jax.Array) -> jax.Array:
-    """Random values at distinct addresses: one block of them, over and over."""
-    block = jax.random.normal(key, (POOL_POSITIONS // 32 * D,), jnp.bfloat16)
-    return lax.broadcast_in_dim(block, (32, block.size), (1,)).reshape(-1)
-
-
 def _measure_program(
     shape: Shape, name: str, program: Any, pool: jax.Array, limits: dict[str, float]
 ) -> dict:
     row: dict = {"shape": shape.name, "distribution": shape.distribution, "contender": name}
-    try:
+    with timing.noting_failure(row):
         if isinstance(program, Exception):
             raise program
-        places = max(1, min(16, math.ceil(COLD_BYTES / shape.bytes())))
-        cases = [_arguments(shape, pool, place) for place in range(places)]
-        row["error"] = _error(shape, program, cases[0])
-        us = timing.rotating_microseconds(program, cases, repeats=max(places, 20))
+        cases = [_arguments(shape, pool, place) for place in range(num_places(shape))]
+        row["error"] = decode_error(
+            program,
+            cases[0],
+            shape=(shape.rows, shape.heads, DV),
+            exact_row=partial(_exact_row, cases[0]),
+        )
+        us = timing.rotating_microseconds(program, cases, repeats=max(len(cases), 20))
         row |= rates(shape, us, limits)
-    except Exception as error:
-        row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
     return row
 
 
 def _arguments(shape: Shape, pool: jax.Array, place: int) -> tuple:
     rng = np.random.default_rng(place)
     q = jax.random.normal(jax.random.key(place), (shape.rows, shape.heads, D), jnp.bfloat16)
-    table = rng.permutation(POOL_POSITIONS // shape.page)[: shape.rows * shape.width]
-    table = jnp.asarray(table.reshape(shape.rows, shape.width), jnp.int32)
+    table = random_table(rng, POOL_POSITIONS // shape.page, shape.rows, shape.width)
     return q, pool, table, jnp.asarray(shape.lengths())
-
-
-def _error(shape: Shape, program: Any, case: tuple) -> float:
-    """Relative error of the first and the last row, NaN if anything is not finite."""
-    poison = jnp.full((shape.rows, shape.heads, DV), jnp.nan, jnp.bfloat16)
-    poison.block_until_ready()
-    del poison
-    out = program(*case)
-    out = out[0] if isinstance(out, list | tuple) else out
-    if not bool(jnp.isfinite(jnp.sum(out, dtype=jnp.float32))):
-        return math.nan
-    picked = np.unique([0, shape.rows - 1])
-    want = np.stack([_exact_row(case, row) for row in picked])
-    got = np.asarray(out[picked], np.float64)
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
 def _exact_row(case: tuple, row: int) -> np.ndarray:
     q, pool, table, lengths = case
-    keys = np.asarray(pool[0, table[row]].reshape(-1, D)[: int(lengths[row])], np.float64)
-    scores = np.asarray(q[row], np.float64) @ keys.T * SCALE
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights @ keys[:, :DV] / weights.sum(-1, keepdims=True)
-
-
-def rates(shape: Shape, us: float, limits: dict[str, float]) -> dict:
-    """Time, rates of what the queries need, and the share of the nearer bound."""
-    gbps, tflops = shape.bytes() / us / 1e3, shape.flops() / us / 1e6
-    share = max(gbps / limits["copy_gbps"], tflops / limits["tflops"])
-    return {
-        "us": round(us, 1),
-        "gbps": round(gbps),
-        "tflops": round(tflops, 1),
-        "roofline_pct": round(100 * share, 1),
-    }
+    keys = np.asarray(pool[0, table[row]].reshape(-1, 1, D)[: int(lengths[row])], np.float64)
+    return exact_attention(q[row], keys, keys[..., :DV], scale=SCALE)

@@ -6,36 +6,37 @@ and the last row are compared with float32 after the memory they will land in wa
 and must be finite everywhere.
 """
 
-import functools
-import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from benchmarks import timing
+from benchmarks.pages import (
+    DecodeShape,
+    decode_error,
+    exact_attention,
+    num_places,
+    random_pool,
+    random_table,
+    rates,
+)
 from pallas_kernels.paged_attention import configs, decode_sm90
 from pallas_kernels.paged_attention.decode_shape import DecodeConfig
 
 POOL_ELEMENTS = 2**31
 """Keys of the pool, and as many values: room for 64 rows of 32k."""
-COLD_BYTES = 200e6
-"""Bytes of different places to read in turn: more than three times the L2 cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class Shape(DecodeShape):
     """One decode step of one layer."""
 
-    rows: int
-    context: int
-    page: int = 64
     heads: int = 32
     kv_heads: int = 8
     d: int = 128
@@ -48,20 +49,6 @@ class Shape:
         extras += ", sinks" if self.sinks else ""
         heads = f"{self.heads}/{self.kv_heads} heads of {self.d}"
         return f"{self.rows} x {self.context}, {heads}{extras}"
-
-    @property
-    def distribution(self) -> str:
-        return f"ragged, page {self.page}"
-
-    @property
-    def width(self) -> int:
-        return self.context // self.page
-
-    def lengths(self) -> np.ndarray:
-        rng = np.random.default_rng(0)
-        lengths = rng.integers(self.context // 2, self.context + 1, self.rows)
-        lengths[0] = self.context
-        return lengths.astype(np.int32)
 
     def seen(self) -> int:
         lengths = self.lengths()
@@ -139,33 +126,18 @@ def programs(shape: Shape, *, tune: bool, num_sms: int) -> Iterator[tuple[str, C
 
 def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
     """Writes our programs into a folder; those of JAX itself need a GPU to lower."""
-    for index, shape in enumerate(SHAPES):
-        for name, function in programs(shape, tune=tune, num_sms=num_sms):
-            path = folder / f"{index:02d}~{name}.bin"
-            if not path.exists():
-                path.write_bytes(timing.lower_program(function, shape.arguments()))
+    timing.lower_all(folder, SHAPES, partial(programs, tune=tune, num_sms=num_sms))
 
 
 def compile_all(folder: Path) -> dict[tuple[int, str], jax.stages.Compiled | Exception]:
     """Compiles every program side by side, by number of the shape and name."""
-    jobs: dict[tuple[int, str], Callable[[], jax.stages.Compiled]] = {}
-    for path in sorted(folder.glob("*.bin")):
-        index, name = path.stem.split("~")
-        jobs[int(index), name] = functools.partial(timing.compile_program, path)
+    others: dict[tuple[int, str], timing.Job] = {}
     for index, shape in enumerate(SHAPES):
         if not (shape.window or shape.sinks):
-            jobs[index, "cuDNN paged"] = functools.partial(_compile_cudnn, shape)
+            others[index, "cuDNN paged"] = partial(_compile_cudnn, shape)
             if shape.page == 64 and shape.rows * shape.context <= 2**20:
-                jobs[index, "JAX paged_attention"] = functools.partial(_compile_jax_own, shape)
-    with ThreadPoolExecutor(16) as pool:
-        return dict(zip(jobs, pool.map(_attempt, jobs.values()), strict=True))
-
-
-def _attempt(job: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled | Exception:
-    try:
-        return job()
-    except Exception as error:  # A contender that does not compile is a row, not the end.
-        return error
+                others[index, "JAX paged_attention"] = partial(_compile_jax_own, shape)
+    return timing.compile_all(folder, others)
 
 
 def _compile_cudnn(shape: Shape) -> jax.stages.Compiled:
@@ -205,7 +177,8 @@ def _compile_with_pages(run: Callable, shape: Shape, pages: tuple[int, ...]) -> 
 def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list[dict]:
     """A row for every program, while time is left."""
     deadline = time.monotonic() + seconds
-    pools = [_pool(jax.random.key(time.time_ns() % 2**31 + i)) for i in range(2)]
+    keys = [jax.random.key(time.time_ns() % 2**31 + i) for i in range(2)]
+    pools = [random_pool(key, POOL_ELEMENTS) for key in keys]
     rows = []
     for index, shape in enumerate(SHAPES):
         # Outside of a program a reshape copies: once here, not once for every place.
@@ -217,28 +190,22 @@ def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list
     return rows
 
 
-@jax.jit
-def _pool(key: jax.Array) -> jax.Array:
-    """Random values at distinct addresses: one block of them, over and over."""
-    block = jax.random.normal(key, (2**26,), jnp.bfloat16)
-    return lax.broadcast_in_dim(block, (POOL_ELEMENTS // 2**26, 2**26), (1,)).reshape(-1)
-
-
 def _measure_program(
     shape: Shape, name: str, program, pools: list[jax.Array], limits: dict[str, float]
 ) -> dict:
     row: dict = {"shape": shape.name, "distribution": shape.distribution, "contender": name}
-    try:
+    with timing.noting_failure(row):
         if isinstance(program, Exception):
             raise program
-        places = max(1, min(16, math.ceil(COLD_BYTES / shape.bytes())))
-        places = 1 if shape.bytes() > 0.75 * COLD_BYTES else places
-        cases = [_arguments(shape, name, pools, place) for place in range(places)]
-        row["error"] = _error(shape, name, program, cases[0])
-        us = timing.rotating_microseconds(program, cases, repeats=max(places, 20))
+        cases = [_arguments(shape, name, pools, place) for place in range(num_places(shape))]
+        row["error"] = decode_error(
+            program,
+            cases[0],
+            shape=(shape.rows, shape.heads, shape.d),
+            exact_row=partial(_exact_row, shape, name, cases[0]),
+        )
+        us = timing.rotating_microseconds(program, cases, repeats=max(len(cases), 20))
         row |= rates(shape, us, limits)
-    except Exception as error:
-        row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
     return row
 
 
@@ -248,32 +215,16 @@ def _arguments(shape: Shape, name: str, pools: list[jax.Array], place: int) -> t
     q = jax.random.normal(jax.random.key(place), (shape.rows, shape.heads, shape.d), jnp.bfloat16)
     needed = shape.rows * shape.width
     if name.startswith("llmjax"):
-        table = rng.permutation(shape.pool()[1])[:needed]
+        table = random_table(rng, shape.pool()[1], shape.rows, shape.width)
         keys, values = pools
     else:
-        table = rng.permutation(needed)
+        table = random_table(rng, needed, shape.rows, shape.width)
         keys, values = (pool[0, place * needed : (place + 1) * needed] for pool in pools)
         if name.startswith("JAX"):
             keys, values = (
                 x.reshape(shape.kv_heads, needed, shape.page, shape.d) for x in (keys, values)
             )
-    table = table.reshape(shape.rows, shape.width).astype(np.int32)
-    return q, keys, values, jnp.asarray(table), jnp.asarray(shape.lengths())
-
-
-def _error(shape: Shape, name: str, program, case: tuple) -> float:
-    """Relative error of the first and the last row, NaN if anything is not finite."""
-    poison = jnp.full((shape.rows, shape.heads, shape.d), jnp.nan, jnp.bfloat16)
-    poison.block_until_ready()
-    del poison
-    out = program(*case)
-    out = (out[0] if isinstance(out, list | tuple) else out).reshape(-1, shape.heads, shape.d)
-    if not bool(jnp.isfinite(jnp.sum(out, dtype=jnp.float32))):
-        return math.nan
-    picked = np.unique([0, shape.rows - 1])
-    want = np.stack([_exact_row(shape, name, case, row) for row in picked])
-    got = np.asarray(out[picked], np.float64)
-    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+    return q, keys, values, table, jnp.asarray(shape.lengths())
 
 
 def _exact_row(shape: Shape, name: str, case: tuple, row: int) -> np.ndarray:
@@ -289,21 +240,6 @@ def _exact_row(shape: Shape, name: str, case: tuple, row: int) -> np.ndarray:
             pages = pages.reshape(-1, *shape.pool()[2:])[used]
         return np.asarray(pages.reshape(-1, shape.kv_heads, shape.d)[begin:end], np.float64)
 
-    grouped = np.asarray(q[row], np.float64).reshape(shape.kv_heads, -1, shape.d)
-    scores = np.einsum("hgd,shd->hgs", grouped, cached(keys)) * shape.d**-0.5
-    highest = np.maximum(scores.max(-1, keepdims=True), 0 if shape.sinks else -np.inf)
-    weights = np.exp(scores - highest)
-    total = weights.sum(-1, keepdims=True) + (np.exp(-highest) if shape.sinks else 0)
-    out = np.einsum("hgs,shd->hgd", weights / total, cached(values))
-    return out.reshape(shape.heads, shape.d)
-
-
-def rates(shape: Shape, us: float, limits: dict[str, float]) -> dict:
-    """Time, rates of the keys and values seen, and their share of the copy rate."""
-    gbps = shape.bytes() / us / 1e3
-    return {
-        "us": round(us, 1),
-        "gbps": round(gbps),
-        "tflops": round(shape.flops() / us / 1e6, 1),
-        "roofline_pct": round(100 * gbps / limits["copy_gbps"], 1),
-    }
+    return exact_attention(
+        q[row], cached(keys), cached(values), scale=shape.d**-0.5, sink=shape.sinks
+    )

@@ -6,13 +6,13 @@ after the memory they will land in was filled with NaN, and must be finite every
 those that causal queries need.
 """
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental.pallas.ops.gpu import attention_mgpu
 
 from benchmarks import timing
+from benchmarks.pages import exact_attention, random_table, rates, relative_error
 from pallas_kernels.paged_attention import configs, prefill_sm90
 from pallas_kernels.paged_attention.prefill_shape import PrefillConfig
 
@@ -125,40 +126,25 @@ def programs(shape: Shape, *, tune: bool, num_sms: int) -> Iterator[tuple[str, C
 
 def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
     """Writes our programs into a folder; those of others need a GPU to lower."""
-    for index, shape in enumerate(SHAPES):
-        for name, function in programs(shape, tune=tune, num_sms=num_sms):
-            path = folder / f"{index:02d}~{name}.bin"
-            if not path.exists():
-                path.write_bytes(timing.lower_program(function, shape.arguments()))
+    timing.lower_all(folder, SHAPES, partial(programs, tune=tune, num_sms=num_sms))
 
 
 def compile_all(folder: Path) -> dict[tuple[int, str], jax.stages.Compiled | Exception]:
     """Compiles every program side by side, by number of the shape and name."""
-    jobs: dict[tuple[int, str], Callable[[], jax.stages.Compiled]] = {}
-    for path in sorted(folder.glob("*.bin")):
-        index, name = path.stem.split("~")
-        jobs[int(index), name] = functools.partial(timing.compile_program, path)
+    others: dict[tuple[int, str], timing.Job] = {}
     for index, shape in enumerate(SHAPES):
         # Pages make no difference to those who know none, and only ours masks what is cached.
         if shape.page == 64 and not shape.cached and not shape.window:
-            jobs[index, "cuDNN"] = functools.partial(_compile_padded, shape, _cudnn)
+            others[index, "cuDNN"] = partial(_compile_padded, shape, _cudnn)
             if len(set(shape.queries)) == 1:
-                jobs[index, "JAX attention_mgpu"] = functools.partial(
+                others[index, "JAX attention_mgpu"] = partial(
                     _compile_padded, shape, _jax_own, jnp.float16
                 )
-    with ThreadPoolExecutor(16) as pool:
-        return dict(zip(jobs, pool.map(_attempt, jobs.values()), strict=True))
-
-
-def _attempt(job: Callable[[], jax.stages.Compiled]) -> jax.stages.Compiled | Exception:
-    try:
-        return job()
-    except Exception as error:  # A contender that does not compile is a row, not the end.
-        return error
+    return timing.compile_all(folder, others)
 
 
 def _cudnn(shape: Shape, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> jax.Array:
-    ragged = {}
+    ragged: dict[str, Any] = {}
     if len(set(shape.queries)) > 1:
         ragged = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths)
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn", **ragged)
@@ -180,7 +166,7 @@ def _compile_padded(shape: Shape, run: Callable, dtype=jnp.bfloat16) -> jax.stag
     q = jax.ShapeDtypeStruct((rows, longest, shape.heads, shape.d), dtype)
     k = jax.ShapeDtypeStruct((rows, longest, shape.kv_heads, shape.d), dtype)
     lengths = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    return jax.jit(functools.partial(run, shape)).lower(q, k, k, lengths).compile()
+    return jax.jit(partial(run, shape)).lower(q, k, k, lengths).compile()
 
 
 def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list[dict]:
@@ -197,7 +183,7 @@ def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list
 
 def _measure_program(shape: Shape, name: str, program, limits: dict[str, float]) -> dict:
     row: dict = {"shape": shape.name, "distribution": shape.distribution, "contender": name}
-    try:
+    with timing.noting_failure(row):
         if isinstance(program, Exception):
             raise program
         make = _paged_case if name.startswith("llmjax") else _padded_case
@@ -206,8 +192,6 @@ def _measure_program(shape: Shape, name: str, program, limits: dict[str, float])
         row["error"] = _error(shape, program, case)
         us = timing.rotating_microseconds(program, [case], repeats=10)
         row |= rates(shape, us, limits)
-    except Exception as error:
-        row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
     return row
 
 
@@ -217,10 +201,10 @@ def _random(shape: tuple[int, ...], dtype=jnp.bfloat16) -> jax.Array:
 
 def _paged_case(shape: Shape, dtype) -> tuple:
     q, pages, _, table, *_ = shape.arguments()
-    order = np.random.default_rng().permutation(table.shape[0] * table.shape[1])
-    start = np.concatenate([[0], np.cumsum(shape.queries)]).astype(np.int32)
-    ragged = (order.reshape(table.shape).astype(np.int32), start, np.array(shape.lengths, np.int32))
-    return _random(q.shape), _random(pages.shape), _random(pages.shape), *map(jnp.asarray, ragged)
+    table = random_table(np.random.default_rng(), pages.shape[1], *table.shape)
+    start = np.concatenate([[0], np.cumsum(shape.queries)])
+    ragged = (jnp.asarray(numbers, jnp.int32) for numbers in (start, shape.lengths))
+    return _random(q.shape), _random(pages.shape), _random(pages.shape), table, *ragged
 
 
 def _padded_case(shape: Shape, dtype) -> tuple:
@@ -234,13 +218,9 @@ def _padded_case(shape: Shape, dtype) -> tuple:
 
 def _error(shape: Shape, program, case: tuple) -> float:
     """Relative error of some queries of the first and the last row, NaN if any is not finite."""
-    poison = jnp.full(case[0].shape, jnp.nan, case[0].dtype)
-    poison.block_until_ready()
-    del poison
-    out = program(*case)
-    out = out[0] if isinstance(out, list | tuple) else out
+    out = timing.run_over_nan(program, case, case[0].shape, case[0].dtype)
     padded = out.ndim == 4
-    if not padded and not bool(jnp.isfinite(jnp.sum(out, dtype=jnp.float32))):
+    if not padded and not timing.all_finite(out):
         return math.nan
     got, want = [], []
     for row in {0, len(shape.queries) - 1}:
@@ -248,7 +228,7 @@ def _error(shape: Shape, program, case: tuple) -> float:
             index = (row, query) if padded else sum(shape.queries[:row]) + query
             got.append(np.asarray(out[index], np.float64))
             want.append(_exact(shape, case, row, query, index))
-    return float(np.linalg.norm(np.array(got) - want) / np.linalg.norm(want))
+    return relative_error(np.array(got), np.array(want))
 
 
 def _exact(shape: Shape, case: tuple, row: int, query: int, index) -> np.ndarray:
@@ -265,20 +245,4 @@ def _exact(shape: Shape, case: tuple, row: int, query: int, index) -> np.ndarray
             pages = pages[row]
         return np.asarray(pages[begin:end], np.float64)
 
-    grouped = np.asarray(q[index], np.float64).reshape(shape.kv_heads, -1, shape.d)
-    scores = np.einsum("hgd,shd->hgs", grouped, cached(keys)) * scale
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    out = np.einsum("hgs,shd->hgd", weights / weights.sum(-1, keepdims=True), cached(values))
-    return out.reshape(shape.heads, shape.d)
-
-
-def rates(shape: Shape, us: float, limits: dict[str, float]) -> dict:
-    """Time, rates of what causal queries need, and their share of the roofline."""
-    tflops, gbps = shape.flops() / us / 1e6, shape.bytes() / us / 1e3
-    share = max(tflops / limits["tflops"], gbps / limits["copy_gbps"])
-    return {
-        "us": round(us, 1),
-        "gbps": round(gbps),
-        "tflops": round(tflops, 1),
-        "roofline_pct": round(100 * share, 1),
-    }
+    return exact_attention(q[index], cached(keys), cached(values), scale=scale)

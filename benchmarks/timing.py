@@ -1,7 +1,10 @@
 """Programs that can be lowered on one machine and timed on another, and the ceilings of a GPU."""
 
+import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,42 @@ import jax
 import jax.numpy as jnp
 from jax import export
 from jax.experimental.mosaic.gpu import profiler
+
+Job = Callable[[], jax.stages.Compiled]
+
+
+def lower_all(
+    folder: Path, shapes: Sequence[Any], programs: Callable[[Any], Iterable[tuple[str, Callable]]]
+) -> None:
+    """Writes the programs of every shape into a folder; those that lie there stay."""
+    for index, shape in enumerate(shapes):
+        for name, function in programs(shape):
+            path = folder / f"{index:02d}~{name}.bin"
+            if not path.exists():
+                path.write_bytes(lower_program(function, shape.arguments()))
+
+
+def compile_all(
+    folder: Path, others: Mapping[tuple[int, str], Job] | None = None
+) -> dict[tuple[int, str], jax.stages.Compiled | Exception]:
+    """Compiles the programs of a folder and others side by side, by number of the shape and name.
+
+    A contender that does not compile is an error in its place, not the end.
+    """
+    jobs: dict[tuple[int, str], Job] = {}
+    for path in sorted(folder.glob("*.bin")):
+        index, name = path.stem.split("~")
+        jobs[int(index), name] = functools.partial(compile_program, path)
+    jobs |= others or {}
+    with ThreadPoolExecutor(16) as pool:
+        return dict(zip(jobs, pool.map(_attempt, jobs.values()), strict=True))
+
+
+def _attempt(job: Job) -> jax.stages.Compiled | Exception:
+    try:
+        return job()
+    except Exception as error:
+        return error
 
 
 def lower_program(function: Callable, arguments: Sequence[jax.ShapeDtypeStruct]) -> bytes:
@@ -23,6 +62,30 @@ def compile_program(path: Path) -> jax.stages.Compiled:
     program = export.deserialize(bytearray(path.read_bytes()))
     arguments = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in program.in_avals]
     return jax.jit(program.call).lower(*arguments).compile()
+
+
+@contextmanager
+def noting_failure(row: dict) -> Iterator[None]:
+    """Notes in a row what kept its program from being measured, and goes on."""
+    try:
+        yield
+    except Exception as error:
+        row["failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+
+
+def run_over_nan(
+    program: Callable, arguments: Sequence[Any], shape: tuple[int, ...], dtype: Any = jnp.bfloat16
+) -> jax.Array:
+    """A program's first output, of this shape, where NaN lay before: what is not written shows."""
+    poison = jnp.full(shape, jnp.nan, dtype)
+    poison.block_until_ready()
+    del poison
+    out = program(*arguments)
+    return out[0] if isinstance(out, list | tuple) else out
+
+
+def all_finite(out: jax.Array) -> bool:
+    return bool(jnp.isfinite(jnp.sum(out, dtype=jnp.float32)))
 
 
 def kernel_microseconds(
