@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from small_engine import SMALL
 
 from llmjax import LLM, SamplingParams
 from llmjax.engine.batch import Bucket, pack_schedule, sampling_columns
@@ -26,16 +27,6 @@ from llmjax.weights.model import abstract_decoder, load_model
 from meshes import ParallelPlan, Rules, make_mesh
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-SMALL = {
-    "max_batch_size": 4,
-    "max_num_tokens": 32,
-    "max_seq_len": 64,
-    "kv_cache_max_tokens": 256,
-    "tokens_per_block": 4,
-    "batch_buckets": (4,),
-    "token_buckets": (32,),
-}
-"""Two programs a plan: compiling them is what these tests cost."""
 QUICK_TO_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """For programs that run once: a third less of the compiler's time, and the same collectives."""
 

@@ -1,17 +1,14 @@
 """A compiled step of a mixture of experts sends what its strategy promises, and no more."""
 
-import json
-from collections import Counter
-from pathlib import Path
-
 import pytest
+from small_engine import SMALL, count_sent
+from strategies import GOLDEN
 
 from llmjax.config import EngineConfig
+from llmjax.explore.layout import read_config
 from llmjax.explore.steps import read_steps
-from llmjax.models.registry import find_family
 from meshes import ParallelPlan
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 LAYERS = 3
 EP, TP, BOTH = ("ep",), ("tp",), ("ep", "tp")
 SENT = {
@@ -55,24 +52,8 @@ SENT = {
 
 @pytest.mark.parametrize(("plan", "dispatch"), SENT, ids=str)
 def test_steps_of_a_mixture_of_experts_send_what_the_strategy_promises(plan, dispatch):
-    document = json.loads((GOLDEN / "qwen3_moe" / "config.json").read_text())
-    config = find_family(document).read_config(document)
+    config = read_config(GOLDEN / "qwen3_moe")
     assert config.num_layers == LAYERS
-    engine = EngineConfig(
-        max_batch_size=4,
-        batch_buckets=(4,),
-        max_num_tokens=32,
-        token_buckets=(32,),
-        max_seq_len=64,
-        kv_cache_max_tokens=256,
-        tokens_per_block=4,
-        dtype="float32",
-        moe_dispatch=dispatch,
-    )
+    engine = EngineConfig(**SMALL, dtype="float32", moe_dispatch=dispatch)
     for step in read_steps(config, plan, engine).steps:
-        found: Counter[tuple[str, str, tuple[str, ...]]] = Counter()
-        for each in step.collectives:
-            if each.part in ("embed", "attention", "mlp"):
-                assert each.when == "always"
-                found[each.part, each.kind, each.axes] += each.count
-        assert found == SENT[plan, dispatch], step.name
+        assert count_sent(step.collectives) == SENT[plan, dispatch], step.name

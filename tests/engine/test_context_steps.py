@@ -1,27 +1,26 @@
 """A compiled step on context ranks: what it sends in each layer, and what it holds."""
 
-import json
 import re
 from collections import Counter
 from functools import cache
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
+from small_engine import SMALL
+from strategies import GOLDEN
 
-from llmjax.config import EngineConfig, ModelConfig
+from llmjax.config import EngineConfig
 from llmjax.engine.runner import Runner
+from llmjax.explore.layout import read_config
 from llmjax.explore.steps import read_steps
 from llmjax.models.decoder import cache_shapes
-from llmjax.models.registry import find_family
 from llmjax.weights.model import declared_params, nest
 from meshes import ParallelPlan, Rules, make_mesh
 
-GOLDEN = Path(__file__).parent.parent / "golden"
 CONTEXT = ("cp",)
 MERGE = {("all-gather", "always"): 1, ("all-to-all", "always"): 1}
 """Decode tokens are collected, and what the ranks find for them is merged."""
@@ -29,25 +28,11 @@ CACHED = {("all-gather", "branch"): 1, ("all-to-all", "branch"): 1}
 """The same for prefill tokens, in a branch that runs where a prompt has something cached."""
 
 
-def read_config(family: str) -> ModelConfig:
-    document = json.loads((GOLDEN / family / "config.json").read_text())
-    return find_family(document).read_config(document)
-
-
 @cache
 def sent_in_attention(family: str, plan: ParallelPlan) -> dict[str, Counter[tuple[str, str]]]:
-    engine = EngineConfig(
-        max_batch_size=4,
-        batch_buckets=(4,),
-        max_num_tokens=32,
-        token_buckets=(32,),
-        max_seq_len=64,
-        kv_cache_max_tokens=256,
-        tokens_per_block=4,
-        dtype="float32",
-    )
+    engine = EngineConfig(**SMALL, dtype="float32")
     found = {}
-    for step in read_steps(read_config(family), plan, engine).steps:
+    for step in read_steps(read_config(GOLDEN / family), plan, engine).steps:
         found[step.name] = Counter()
         for each in step.collectives:
             if each.axes == CONTEXT and each.part == "attention":
@@ -67,7 +52,7 @@ PLANS = [
 def test_a_layer_passes_keys_on_once_less_than_there_are_ranks_and_decode_merges_once(family, plan):
     sent = sent_in_attention(family, plan)
     # A stage has its share of the layers.
-    layers = -(-read_config(family).num_layers // plan.pp)
+    layers = -(-read_config(GOLDEN / family).num_layers // plan.pp)
     ring = {("collective-permute", "always"): plan.cp - 1}
     expected = {"decode": MERGE, "prefill": MERGE | CACHED | ring}
     assert sent == {
@@ -89,7 +74,7 @@ PROMPT, DECODES = 4096, 8
 
 @cache
 def compile_prefill(family: str, ranks: int) -> Prefill:
-    config, plan = read_config(family), ParallelPlan(cp=ranks)
+    config, plan = read_config(GOLDEN / family), ParallelPlan(cp=ranks)
     rules, mesh = Rules(plan), make_mesh(plan)
     weights = {
         path: jax.ShapeDtypeStruct(
@@ -138,7 +123,7 @@ def test_memory_of_a_prefill_falls_as_the_ranks_grow(family):
 def test_no_rank_holds_keys_or_values_of_a_whole_prompt(family):
     shapes = re.findall(r"\bf32\[([\d,]+)\]", compile_prefill(family, 8).program)
     sizes = [[int(size) for size in shape.split(",")] for shape in set(shapes)]
-    own = [(PROMPT + DECODES) // 8, read_config(family).hidden_size]
+    own = [(PROMPT + DECODES) // 8, read_config(GOLDEN / family).hidden_size]
     assert own in sizes, "the hidden states of a rank's own tokens are found"
     # What is as long as the prompt has one number for each token.
     assert all(prod(size) == max(size) for size in sizes if max(size) >= PROMPT)

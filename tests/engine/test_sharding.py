@@ -2,14 +2,15 @@
 
 import re
 from collections import Counter
-from math import prod
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
+from small_engine import count_sent
 
+from llmjax.explore import read_collectives
 from llmjax.weights.model import declared_params, nest
 from meshes import ParallelPlan
 
@@ -114,75 +115,61 @@ def test_every_weight_lies_as_it_was_declared(plan, llm_on):
     jax.tree.map(check, llm.engine.runner.weights, declared)
 
 
-COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(")
-Collectives = Counter[tuple[str, str, int]]
-"""How often a part of the model uses a collective over that many ranks; layers count once."""
-TENSOR = {("embed", "all-reduce"): 1, ("attention", "all-reduce"): 1, ("mlp", "all-reduce"): 1}
+LAYERS = 3
+EP, TP, BOTH = ("ep",), ("tp",), ("ep", "tp")
+
+
+def summed_over(*axes: str) -> dict[tuple[str, str, tuple[str, ...]], int]:
+    """What tensor parallelism sends: a sum of the embedding, and two in each layer."""
+    return {
+        ("embed", "all-reduce", axes): 1,
+        ("attention", "all-reduce", axes): LAYERS,
+        ("mlp", "all-reduce", axes): LAYERS,
+    }
+
+
 SENT = {
     ONE_DEVICE: {},
-    ParallelPlan(tp=2): {(part, kind, 2): count for (part, kind), count in TENSOR.items()},
-    ParallelPlan(tp=8): {(part, kind, 8): count for (part, kind), count in TENSOR.items()},
-    ParallelPlan(ep=2, tp=4): {(part, kind, 8): count for (part, kind), count in TENSOR.items()},
-    ParallelPlan(dp=4, tp=2): {(part, kind, 2): count for (part, kind), count in TENSOR.items()},
+    ParallelPlan(tp=2): summed_over("tp"),
+    ParallelPlan(tp=8): summed_over("tp"),
+    ParallelPlan(ep=2, tp=4): summed_over("ep", "tp"),
+    ParallelPlan(dp=4, tp=2): summed_over("tp"),
     ParallelPlan(dp=8): {},
     # Attention sends nothing. The MLP's result goes back by a reduction of all rows, of which a
     # device keeps its own: XLA makes a reduce-scatter of it on a GPU.
     ParallelPlan(tp=8, attention_dp=True): {
-        ("embed", "all-gather", 8): 1,
-        ("embed", "reduce-scatter", 8): 1,
-        ("mlp", "all-gather", 8): 1,
-        ("mlp", "all-reduce", 8): 1,
+        ("embed", "all-gather", TP): 1,
+        ("embed", "reduce-scatter", TP): 1,
+        ("mlp", "all-gather", TP): LAYERS,
+        ("mlp", "all-reduce", TP): LAYERS,
     },
     # The same over ep; attention's sums, and the embedding's, over tp.
     MIXED: {
-        ("embed", "all-gather", 2): 1,
-        ("embed", "all-reduce", 2): 1,
-        ("embed", "reduce-scatter", 2): 1,
-        ("attention", "all-reduce", 2): 1,
-        ("mlp", "all-gather", 2): 1,
-        ("mlp", "all-reduce", 4): 1,
+        ("embed", "all-gather", EP): 1,
+        ("embed", "all-reduce", TP): 1,
+        ("embed", "reduce-scatter", EP): 1,
+        ("attention", "all-reduce", TP): LAYERS,
+        ("mlp", "all-gather", EP): LAYERS,
+        ("mlp", "all-reduce", BOTH): LAYERS,
     },
 }
-
-
-def count_collectives(program: str) -> Collectives:
-    """Counts the collectives of a compiled step by the named scope that they come from."""
-    found: Collectives = Counter()
-    for line in program.splitlines():
-        if match := COLLECTIVE.search(line):
-            name = re.search(r'op_name="([^"]*)"', line)
-            scopes = name[1].split("/") if name else []
-            known = [part for part in ("embed", "attention", "mlp", "sample") if part in scopes]
-            found[known[0] if known else "other", match[1], group_size(line)] += 1
-    return found
-
-
-def group_size(line: str) -> int:
-    """Ranks that take part in a collective, of the two ways in which XLA writes them."""
-    if groups := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
-        return int(groups[1])
-    mesh = re.search(r"replica_groups=mesh\[([^]]*)\] \{([^}]*)\}", line)
-    assert mesh, f"a third way to write replica groups: {line}"
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-    return prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
 
 
 @pytest.mark.parametrize("plan", SENT, ids=str)
 def test_a_decode_step_sends_what_the_plan_needs_and_no_more(plan, llm_on):
     runner = llm_on(ODD, plan).engine.runner
     (decode,) = [bucket for bucket in runner.buckets if not bucket.prefill_tokens]
-    found = count_collectives(runner.compiled_text(decode))
-    model = {key: count for key, count in found.items() if key[0] in ("embed", "attention", "mlp")}
-    assert model == SENT[plan]
-    sampler = {ranks for part, _, ranks in found if part == "sample"}
+    sent = read_collectives(runner.compiled_text(decode), plan.sizes)
+    assert count_sent(sent) == SENT[plan]
     if plan.tensor_parallel_size > 1:
-        assert plan.tensor_parallel_size in sampler, "nobody merges the vocabulary's parts"
+        merges = {each.ranks for each in sent if each.part == "sample"}
+        assert plan.tensor_parallel_size in merges, "nobody merges the vocabulary's parts"
 
 
 def test_one_device_sends_nothing(llm_on):
     runner = llm_on(ODD, ONE_DEVICE).engine.runner
     for bucket in runner.buckets:
-        assert not count_collectives(runner.compiled_text(bucket))
+        assert not read_collectives(runner.compiled_text(bucket), ONE_DEVICE.sizes)
 
 
 @pytest.mark.parametrize("plan", SPLITS, ids=str)

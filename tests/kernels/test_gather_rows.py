@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_checks import assert_lowers_for_cuda
 
 import pallas_kernels
 from pallas_kernels.grouped_gemm import gather_sm90
@@ -33,8 +34,7 @@ def test_hopper_kernel_lowers_for_cuda(embed):
         jax.ShapeDtypeStruct((256, embed), jnp.bfloat16),
         jax.ShapeDtypeStruct((2048,), jnp.int32),
     )
-    lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    assert_lowers_for_cuda(run, *shapes)
 
 
 @pytest.mark.parametrize(

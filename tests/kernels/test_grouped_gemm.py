@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_checks import assert_lowers_for_cuda
 
 import pallas_kernels
 from pallas_kernels import reference
@@ -143,8 +144,7 @@ def test_every_shipped_configuration_lowers_for_cuda(name, activation):
         jax.ShapeDtypeStruct((), jnp.int32),
     )
     bias = jax.ShapeDtypeStruct((2, 128, 1536), jnp.bfloat16)
-    lowered = jax.jit(run).trace(*arguments, bias=bias).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    assert_lowers_for_cuda(run, *arguments, bias=bias)
 
 
 def test_program_does_not_grow_with_the_number_of_groups():

@@ -3,19 +3,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import kernel_checks
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_checks import (
+    LAYER,
+    PAGE,
+    assert_lowers_for_cuda,
+    deal_pages,
+    fill_pages,
+    float32_attention,
+)
 
 import pallas_kernels
-from pallas_kernels import reference
 from pallas_kernels.paged_attention.configs import mla_config
 from pallas_kernels.paged_attention.mla_decode_sm90 import mla_decode
 from pallas_kernels.paged_attention.mla_shape import MlaConfig
 
-PAGE, LAYER = 16, 1
-NO_PAGE = 2**30
+assert_equal_attention = functools.partial(kernel_checks.assert_equal_attention, lse_atol=1e-4)
 
 # Queries past the last head are computed on whatever is there, and dropped.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -24,18 +31,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def mla_case(lengths: list[int], *, heads=8, value_dim=256, page=PAGE, seed=0) -> Any:
     """Random queries over shuffled pages; whatever a row does not own is NaN, or no page at all."""
     rng = np.random.default_rng(seed)
-    rows, width = len(lengths), max(1, -(-max(lengths) // page))
-    pool = rows * width + 2
-    table = rng.permutation(pool)[: rows * width].reshape(rows, width).astype(np.int32)
-    owned = np.zeros((pool, page), bool)
-    for row, length in enumerate(lengths):
-        used = -(-length // page)
-        for column in range(used):
-            owned[table[row, column]] = np.arange(page) < length - column * page
-        table[row, used:] = NO_PAGE
-    values = rng.normal(size=(2, pool, page, 1, value_dim + 64))
-    pages = jnp.asarray(np.where(owned[None, :, :, None, None], values, np.nan), jnp.bfloat16)
-    q = jnp.asarray(rng.normal(size=(rows, heads, value_dim + 64)), jnp.bfloat16)
+    table, owned = deal_pages(rng, lengths, page)
+    pages = fill_pages(rng, owned, 1, value_dim + 64)
+    q = jnp.asarray(rng.normal(size=(len(lengths), heads, value_dim + 64)), jnp.bfloat16)
     return q, pages, LAYER, jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
 
 
@@ -47,26 +45,11 @@ def decode(case: Any, *, blocks=1, races=True, value_dim=256) -> Any:
 
 
 def expected(case: Any, *, value_dim=256) -> Any:
-    """The reference in float32; it takes a table of real pages, and masks what is not owned."""
     q, pages, layer, table, lengths = case
-    return reference.paged_attention(
-        q.astype(jnp.float32),
-        pages.astype(jnp.float32),
-        None,
-        layer,
-        jnp.where(table == NO_PAGE, 0, table),
-        jnp.arange(len(lengths) + 1),
-        lengths,
-        scale=0.125,
-        max_query_length=1,
-        value_dim=value_dim,
-    )
-
-
-def assert_equal_attention(got: Any, want: Any) -> None:
-    out, lse = (np.asarray(array, np.float32) for array in got)
-    np.testing.assert_allclose(out, want[0], atol=2**-6)
-    np.testing.assert_allclose(lse, want[1], atol=1e-4)
+    return float32_attention(
+        q, pages, None, layer, table, jnp.arange(len(lengths) + 1), lengths,
+        max_query_length=1, value_dim=value_dim,
+    )  # fmt: skip
 
 
 def test_latent_kernel_agrees_with_float32_and_has_no_race():
@@ -106,8 +89,7 @@ def test_every_shipped_configuration_lowers_for_cuda(heads, page):
         jax.ShapeDtypeStruct((4, 10), jnp.int32),
         jax.ShapeDtypeStruct((4,), jnp.int32),
     )
-    lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    assert_lowers_for_cuda(run, *arguments)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,16 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_checks import (
+    LAYER,
+    NO_PAGE,
+    PAGE,
+    assert_equal_attention,
+    assert_lowers_for_cuda,
+    deal_pages,
+    fill_pages,
+    float32_attention,
+)
 
 import pallas_kernels
 from pallas_kernels import reference
@@ -20,28 +30,13 @@ from pallas_kernels.paged_attention.limits import keys_before
 # The package has a function of this name, too.
 paged_attention = importlib.import_module("pallas_kernels.paged_attention")
 
-PAGE, LAYER = 16, 1
-NO_PAGE = 2**30
-
 
 def decode_case(lengths: list[int], *, heads=4, kv_heads=1, d=64, dv=64, page=PAGE, seed=0):
     """Random queries over shuffled pages; whatever a row does not own is NaN, or no page at all."""
     rng = np.random.default_rng(seed)
-    rows, width = len(lengths), max(1, -(-max(lengths) // page))
-    pool = rows * width + 2
-    table = rng.permutation(pool)[: rows * width].reshape(rows, width).astype(np.int32)
-    owned = np.zeros((pool, page), bool)
-    for row, length in enumerate(lengths):
-        used = -(-length // page)
-        for column in range(used):
-            owned[table[row, column]] = np.arange(page) < length - column * page
-        table[row, used:] = NO_PAGE
-
-    def pages(features: int) -> jax.Array:
-        values = rng.normal(size=(2, pool, page, kv_heads, features))
-        return jnp.asarray(np.where(owned[None, :, :, None, None], values, np.nan), jnp.bfloat16)
-
-    q = jnp.asarray(rng.normal(size=(rows, heads, d)), jnp.bfloat16)
+    table, owned = deal_pages(rng, lengths, page)
+    pages = functools.partial(fill_pages, rng, owned, kv_heads)
+    q = jnp.asarray(rng.normal(size=(len(lengths), heads, d)), jnp.bfloat16)
     return q, pages(d), pages(dv), LAYER, jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
 
 
@@ -55,26 +50,11 @@ def decode(case, *, blocks=1, races=True, **options):
 
 
 def expected(case, **options):
-    """The reference in float32; it takes a table of real pages, and masks what is not owned."""
     q, k_pages, v_pages, layer, table, lengths = case
-    return reference.paged_attention(
-        q.astype(jnp.float32),
-        k_pages.astype(jnp.float32),
-        v_pages.astype(jnp.float32),
-        layer,
-        jnp.where(table == NO_PAGE, 0, table),
-        jnp.arange(len(lengths) + 1),
-        lengths,
-        scale=0.125,
-        max_query_length=1,
-        **options,
+    start = jnp.arange(len(lengths) + 1)
+    return float32_attention(
+        q, k_pages, v_pages, layer, table, start, lengths, max_query_length=1, **options
     )
-
-
-def assert_equal_attention(got, want):
-    out, lse = (np.asarray(array, np.float32) for array in got)
-    np.testing.assert_allclose(out, want[0], atol=2**-6)
-    np.testing.assert_allclose(lse, want[1], atol=1e-5)
 
 
 def test_decode_kernel_agrees_with_float32_and_has_no_race():
@@ -212,8 +192,7 @@ def test_every_shipped_configuration_lowers_for_cuda(heads, kv_heads, d, page):
         jax.ShapeDtypeStruct((4, 10), jnp.int32),
         jax.ShapeDtypeStruct((4,), jnp.int32),
     )
-    lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    assert_lowers_for_cuda(run, *arguments)
 
 
 @pytest.mark.parametrize(

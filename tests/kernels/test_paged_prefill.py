@@ -7,6 +7,16 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_checks import (
+    LAYER,
+    NO_PAGE,
+    PAGE,
+    assert_equal_attention,
+    assert_lowers_for_cuda,
+    deal_pages,
+    fill_pages,
+    float32_attention,
+)
 
 import pallas_kernels
 from pallas_kernels import reference
@@ -15,8 +25,6 @@ from pallas_kernels.paged_attention.configs import prefill_config
 from pallas_kernels.paged_attention.prefill_plan import Tile, plan_tiles
 from pallas_kernels.paged_attention.prefill_shape import PrefillConfig
 
-PAGE, LAYER = 16, 1
-NO_PAGE = 2**30
 SMALL = PrefillConfig(blocks=1, kv_block=64, stages=2, in_registers=False)
 
 # Scores of keys past a row's end are NaN before they are hidden.
@@ -33,20 +41,8 @@ def prefill_case(
     rng = np.random.default_rng(seed)
     queries = np.array([count for _, count in rows])
     lengths = np.array([cached + count for cached, count in rows])
-    width = max(1, -(-max(lengths) // page))
-    pool = len(rows) * width + 2
-    table = rng.permutation(pool)[: len(rows) * width].reshape(len(rows), width).astype(np.int32)
-    owned = np.zeros((pool, page), bool)
-    for row, length in enumerate(lengths):
-        used = -(-length // page)
-        for column in range(used):
-            owned[table[row, column]] = np.arange(page) < length - column * page
-        table[row, used:] = NO_PAGE
-
-    def pages(features: int) -> jax.Array:
-        values = rng.normal(size=(2, pool, page, kv_heads, features))
-        return jnp.asarray(np.where(owned[None, :, :, None, None], values, np.nan), jnp.bfloat16)
-
+    table, owned = deal_pages(rng, lengths, page)
+    pages = functools.partial(fill_pages, rng, owned, kv_heads)
     start = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
     q = jnp.asarray(rng.normal(size=(start[-1] + spare, heads, d)), jnp.bfloat16)
     ragged = (jnp.asarray(table), jnp.asarray(start), jnp.asarray(lengths, jnp.int32))
@@ -61,26 +57,9 @@ def prefill(case, *, config=SMALL, **options):
 
 
 def expected(case, **options):
-    """The reference in float32; it takes a table of real pages, and masks what is not owned."""
-    q, k_pages, v_pages, layer, table, start, lengths = case
-    return reference.paged_attention(
-        q.astype(jnp.float32),
-        k_pages.astype(jnp.float32),
-        v_pages.astype(jnp.float32),
-        layer,
-        jnp.where(table == NO_PAGE, 0, table),
-        start,
-        lengths,
-        scale=0.125,
-        max_query_length=max(2, int(jnp.max(start[1:] - start[:-1]))),
-        **options,
-    )
-
-
-def assert_equal_attention(got, want):
-    out, lse = (np.asarray(array, np.float32) for array in got)
-    np.testing.assert_allclose(out, want[0], atol=2**-6)
-    np.testing.assert_allclose(lse, want[1], atol=1e-5)
+    start = case[5]
+    longest = max(2, int(jnp.max(start[1:] - start[:-1])))
+    return float32_attention(*case, max_query_length=longest, **options)
 
 
 def test_prefill_kernel_agrees_with_float32_and_has_no_race():
@@ -197,8 +176,7 @@ def test_every_shipped_configuration_lowers_for_cuda(heads, kv_heads, d, page, l
         jax.ShapeDtypeStruct((5,), jnp.int32),
         jax.ShapeDtypeStruct((4,), jnp.int32),
     )
-    lowered = jax.jit(run).trace(*arguments).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    assert_lowers_for_cuda(run, *arguments)
 
 
 @pytest.mark.parametrize(

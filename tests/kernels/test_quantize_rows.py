@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_checks import assert_lowers_for_cuda
 
 from pallas_kernels.grouped_gemm import quantize_sm90
 from pallas_kernels.grouped_gemm.quantize import quantize_rows_by_xla
@@ -33,8 +34,7 @@ def test_hopper_kernel_quantises_as_xla_and_has_no_race():
 
 def test_hopper_kernel_lowers_for_cuda():
     x = jax.ShapeDtypeStruct((2048, 7168), jnp.bfloat16)
-    run = jax.jit(quantize_sm90.quantize_rows)
-    assert "mosaic_gpu" in run.trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    assert_lowers_for_cuda(quantize_sm90.quantize_rows, x)
 
 
 @pytest.mark.parametrize(

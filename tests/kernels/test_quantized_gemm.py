@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernel_checks import assert_lowers_for_cuda
 
 import pallas_kernels
 from pallas_kernels import QuantizedMatrices, QuantizedRows, quantize_matrices, quantize_rows
@@ -175,8 +176,7 @@ def test_every_shipped_configuration_lowers_for_cuda(name, activation):
         shape((), jnp.int32),
     )
     bias = shape((2, 128, 1536), jnp.bfloat16)
-    lowered = jax.jit(run).trace(*arguments, bias=bias).lower(lowering_platforms=("cuda",))
-    assert "mosaic_gpu" in lowered.as_text()
+    assert_lowers_for_cuda(run, *arguments, bias=bias)
 
 
 @pytest.mark.parametrize("rows", [1, 128, 300, 1000, 16384])
