@@ -10,81 +10,56 @@ import typer
 
 from llmjax.config import DISPATCHES
 
-LAYOUT, SAMPLING, PROCESSES = "Layout", "Sampling", "Several processes"
+layout_option = functools.partial(typer.Option, rich_help_panel="Layout")
+sampling_option = functools.partial(typer.Option, rich_help_panel="Sampling")
+process_option = functools.partial(typer.Option, rich_help_panel="Several processes")
 
 Model = Annotated[str, typer.Option(help="Folder, GGUF file, hub id, or the embedded model.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.", rich_help_panel=SAMPLING)]
-Temperature = Annotated[
-    float | None, typer.Option(help="0 takes the most likely token.", rich_help_panel=SAMPLING)
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(help="Keep the likeliest tokens up to this mass.", rich_help_panel=SAMPLING),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(help="Keep this many tokens; 0 keeps all.", rich_help_panel=SAMPLING),
-]
-Seed = Annotated[int | None, typer.Option(help="Same seed, same text.", rich_help_panel=SAMPLING)]
+MaxTokens = Annotated[int, sampling_option(help="Most tokens to generate.")]
+Temperature = Annotated[float | None, sampling_option(help="0 takes the most likely token.")]
+TopP = Annotated[float | None, sampling_option(help="Keep the likeliest tokens up to this mass.")]
+TopK = Annotated[int | None, sampling_option(help="Keep this many tokens; 0 keeps all.")]
+Seed = Annotated[int | None, sampling_option(help="Same seed, same text.")]
 Stop = Annotated[
-    list[str] | None,
-    typer.Option(help="Text that ends the answer; may be repeated.", rich_help_panel=SAMPLING),
+    list[str] | None, sampling_option(help="Text that ends the answer; may be repeated.")
 ]
 Tp = Annotated[
-    int | None,
-    typer.Option(
-        "--tp", help="Tensor parallel ranks (ep * tp of the mesh).", rich_help_panel=LAYOUT
-    ),
+    int | None, layout_option("--tp", help="Tensor parallel ranks (ep * tp of the mesh).")
 ]
-Dp = Annotated[
-    int | None, typer.Option("--dp", help="Data parallel replicas.", rich_help_panel=LAYOUT)
-]
+Dp = Annotated[int | None, layout_option("--dp", help="Data parallel replicas.")]
 AttentionDp = Annotated[
     bool | None,
-    typer.Option(
-        "--attention-dp/--no-attention-dp",
-        help="Requests, not heads, over the tp ranks.",
-        rich_help_panel=LAYOUT,
+    layout_option(
+        "--attention-dp/--no-attention-dp", help="Requests, not heads, over the tp ranks."
     ),
 ]
-Ep = Annotated[
-    int | None,
-    typer.Option("--ep", help="Expert parallel ranks; they divide --tp.", rich_help_panel=LAYOUT),
-]
+Ep = Annotated[int | None, layout_option("--ep", help="Expert parallel ranks; they divide --tp.")]
 MoeTp = Annotated[
-    int | None,
-    typer.Option("--moe-tp", help="Ranks inside each expert: --tp / --ep.", rich_help_panel=LAYOUT),
+    int | None, layout_option("--moe-tp", help="Ranks inside each expert: --tp / --ep.")
 ]
-Cp = Annotated[int | None, typer.Option("--cp", help="Context ranks.", rich_help_panel=LAYOUT)]
-Pp = Annotated[int | None, typer.Option("--pp", help="Pipeline stages.", rich_help_panel=LAYOUT)]
+Cp = Annotated[int | None, layout_option("--cp", help="Context ranks.")]
+Pp = Annotated[int | None, layout_option("--pp", help="Pipeline stages.")]
 Dispatch = Annotated[
     str | None,
-    typer.Option(
-        help=f"How tokens reach their experts: auto, {', '.join(DISPATCHES)}.",
-        rich_help_panel=LAYOUT,
-    ),
+    layout_option(help=f"How tokens reach their experts: auto, {', '.join(DISPATCHES)}."),
 ]
 Plan = Annotated[
     str | None,
-    typer.Option(
+    layout_option(
         "--plan",
         "--config",
         help="YAML file of mesh axes or of TensorRT-LLM's keys, or a preset's name. "
         "Other options beat it.",
-        rich_help_panel=LAYOUT,
     ),
 ]
 AllowUnsupported = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="KEY",
-        help="Drop this key of the file, which would be refused; may be repeated.",
-        rich_help_panel=LAYOUT,
+    layout_option(
+        metavar="KEY", help="Drop this key of the file, which would be refused; may be repeated."
     ),
 ]
 VirtualDevices = Annotated[
-    int | None,
-    typer.Option(min=1, help="Use this many virtual CPU devices.", rich_help_panel=LAYOUT),
+    int | None, layout_option(min=1, help="Use this many virtual CPU devices.")
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16 or auto.")]
 MaxSeqLen = Annotated[int | None, typer.Option(help="Prompt and generated tokens of a request.")]
@@ -95,13 +70,9 @@ Upcycle = Annotated[
         help="Make experts of a dense model's layers, such as 8x2; its text stays the same.",
     ),
 ]
-Coordinator = Annotated[
-    str | None, typer.Option(help="Address and port of process 0.", rich_help_panel=PROCESSES)
-]
-NumHosts = Annotated[int, typer.Option(help="Processes of the run.", rich_help_panel=PROCESSES)]
-HostId = Annotated[
-    int, typer.Option(help="Number of this process, from 0.", rich_help_panel=PROCESSES)
-]
+Coordinator = Annotated[str | None, process_option(help="Address and port of process 0.")]
+NumHosts = Annotated[int, process_option(help="Processes of the run.")]
+HostId = Annotated[int, process_option(help="Number of this process, from 0.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what happens.")]
 
 

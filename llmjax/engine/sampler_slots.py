@@ -17,6 +17,7 @@ from llmjax.layers.sampler_state import (
     PROMPT,
     UNUSED,
     SamplerState,
+    SlotContent,
     fill_slot,
     init_state,
 )
@@ -52,8 +53,8 @@ class SamplerSlots:
     def compile(self, state: SamplerState) -> None:
         """Compiles the program that fills a slot: one for all requests."""
         fill = jax.jit(partial(fill_slot, rules=self.rules), donate_argnums=0)
-        nothing = self._arguments(0, [], [], {}, frozenset(), reset=True)
-        self._fill_slot = fill.lower(state, *nothing).compile()
+        nothing = self._content(0, [], [], {}, frozenset(), reset=True)
+        self._fill_slot = fill.lower(state, nothing).compile()
 
     def fill(self, state: SamplerState, request: Request) -> SamplerState:
         """Writes a request's tokens, biases and stop tokens into its slot; the state is donated."""
@@ -64,7 +65,7 @@ class SamplerSlots:
         kinds = [PROMPT] * prompt + [GENERATED] * (len(ids) - prompt)
         for start in range(0, len(ids), FILL_CHUNK):
             part = slice(start, start + FILL_CHUNK)
-            arguments = self._arguments(
+            content = self._content(
                 slot,
                 ids[part],
                 kinds[part],
@@ -72,7 +73,7 @@ class SamplerSlots:
                 request.stop_ids,
                 reset=start == 0,
             )
-            state = self._fill_slot(state, *arguments)
+            state = self._fill_slot(state, content)
         return state
 
     def columns(self, request: Request) -> Int32[np.ndarray, " columns"]:
@@ -89,7 +90,7 @@ class SamplerSlots:
         """Drops what is kept of a request on the host."""
         self._columns.pop(request.id, None)
 
-    def _arguments(
+    def _content(
         self,
         slot: int,
         ids: Sequence[int],
@@ -98,17 +99,18 @@ class SamplerSlots:
         stop_ids: frozenset[int],
         *,
         reset: bool,
-    ) -> tuple[jax.Array, ...]:
-        arrays = (
-            np.int32(slot),
-            _pad(ids, FILL_CHUNK, 0, np.int32),
-            _pad(kinds, FILL_CHUNK, UNUSED, np.int32),
-            _pad(list(bias), MAX_BIAS, -1, np.int32),
-            _pad(list(bias.values()), MAX_BIAS, 0, np.float32),
-            _pad(sorted(stop_ids), MAX_STOP_IDS, -1, np.int32),
-            np.bool_(reset),
+    ) -> SlotContent:
+        arrays = dict(
+            slot=np.int32(slot),
+            ids=_pad(ids, FILL_CHUNK, 0, np.int32),
+            kinds=_pad(kinds, FILL_CHUNK, UNUSED, np.int32),
+            bias_ids=_pad(list(bias), MAX_BIAS, -1, np.int32),
+            bias_values=_pad(list(bias.values()), MAX_BIAS, 0, np.float32),
+            stop_ids=_pad(sorted(stop_ids), MAX_STOP_IDS, -1, np.int32),
+            reset=np.bool_(reset),
         )
-        return tuple(place(np.asarray(array), self._whole) for array in arrays)
+        whole = {name: place(np.asarray(array), self._whole) for name, array in arrays.items()}
+        return SlotContent(**whole)
 
 
 def _pad(values: Sequence[Any], length: int, fill: int, dtype: Any) -> np.ndarray:

@@ -41,6 +41,21 @@ class SamplerState(NamedTuple):
         return self.occurrences // _ONE_GENERATED
 
 
+class SlotContent(NamedTuple):
+    """What one call of `fill_slot` writes, replicated."""
+
+    slot: Int32[Array, ""]
+    ids: Int32[Array, "chunk"]
+    """A part of the request's tokens."""
+    kinds: Int32[Array, "chunk"]
+    """UNUSED, PROMPT or GENERATED, for each id; a preempted request comes back with both."""
+    bias_ids: Int32[Array, "max_bias"]
+    bias_values: Float32[Array, "max_bias"]
+    stop_ids: Int32[Array, "max_stop_ids"]
+    reset: Bool[Array, ""]
+    """Whether this is the request's first part."""
+
+
 def init_state(
     *, slots: int, padded_vocab_size: int, max_bias: int, max_stop_ids: int, rules: Rules
 ) -> SamplerState:
@@ -72,55 +87,33 @@ def state_specs(rules: Rules) -> SamplerState:
     return SamplerState._make((rules.spec("sampler_requests", "vocab"), row, row, row))
 
 
-def fill_slot(
-    state: SamplerState,
-    slot: Int32[Array, ""],
-    ids: Int32[Array, " chunk"],
-    kinds: Int32[Array, " chunk"],
-    bias_ids: Int32[Array, " max_bias"],
-    bias_values: Float32[Array, " max_bias"],
-    stop_ids: Int32[Array, " max_stop_ids"],
-    reset: Bool[Array, ""],
-    *,
-    rules: Rules,
-) -> SamplerState:
+def fill_slot(state: SamplerState, content: SlotContent, *, rules: Rules) -> SamplerState:
     """Writes a request into its slot; its tokens come in chunks, the first of which resets it.
 
-    `kinds` says of each id whether it is UNUSED, of the PROMPT or GENERATED before (a preempted
-    request comes back with both). Everything but the state is replicated. Jit it with the state
-    donated: shapes are constant, so one program serves every request.
+    Jit it with the state donated: shapes are constant, so one program serves every request.
     """
     vocabulary = Vocabulary(size=state.occurrences.shape[1], axes=rules.axes("vocab"))
 
-    def body(
-        state: SamplerState,
-        slot: Int32[Array, ""],
-        ids: Int32[Array, " chunk"],
-        kinds: Int32[Array, " chunk"],
-        bias_ids: Int32[Array, " max_bias"],
-        bias_values: Float32[Array, " max_bias"],
-        stop_ids: Int32[Array, " max_stop_ids"],
-        reset: Bool[Array, ""],
-    ) -> SamplerState:
+    def body(state: SamplerState, content: SlotContent) -> SamplerState:
         slots, width = state.occurrences.shape
-        row = local_slots(slot, slots, rules)
-        columns = vocabulary.columns(ids, width)
+        row = local_slots(content.slot, slots, rules)
+        columns = vocabulary.columns(content.ids, width)
         old = state.occurrences.at[row].get(mode="fill", fill_value=0)
         marks = jnp.zeros(width, bool)
-        marks = marks.at[jnp.where(kinds == PROMPT, columns, width)].set(True, mode="drop")
-        new = jnp.where(reset, 0, old) | jnp.where(marks, _IN_PROMPT, 0)
-        generated = jnp.where(kinds == GENERATED, columns, width)
+        marks = marks.at[jnp.where(content.kinds == PROMPT, columns, width)].set(True, mode="drop")
+        new = jnp.where(content.reset, 0, old) | jnp.where(marks, _IN_PROMPT, 0)
+        generated = jnp.where(content.kinds == GENERATED, columns, width)
         new = new.at[generated].add(_ONE_GENERATED, mode="drop")
         return SamplerState(
             occurrences=state.occurrences.at[row].set(new, mode="drop"),
-            bias_ids=state.bias_ids.at[row].set(bias_ids, mode="drop"),
-            bias_values=state.bias_values.at[row].set(bias_values, mode="drop"),
-            stop_ids=state.stop_ids.at[row].set(stop_ids, mode="drop"),
+            bias_ids=state.bias_ids.at[row].set(content.bias_ids, mode="drop"),
+            bias_values=state.bias_values.at[row].set(content.bias_values, mode="drop"),
+            stop_ids=state.stop_ids.at[row].set(content.stop_ids, mode="drop"),
         )
 
     specs, whole = state_specs(rules), PartitionSpec()
-    fill = island(body, in_specs=(specs, *(whole,) * 7), out_specs=specs)
-    return fill(state, slot, ids, kinds, bias_ids, bias_values, stop_ids, reset)
+    fill = island(body, in_specs=(specs, whole), out_specs=specs)
+    return fill(state, content)
 
 
 def local_slots(slots: Int32[Array, "*shape"], held: int, rules: Rules) -> Int32[Array, "*shape"]:

@@ -13,13 +13,7 @@ from llmjax.models.family import (
     read_rope,
     refuse_unless,
 )
-from llmjax.models.sources import (
-    LAYER,
-    attention_sources,
-    mlp_sources,
-    norm_sources,
-    outer_sources,
-)
+from llmjax.models.sources import LAYER, backbone_sources, mlp_sources
 from llmjax.parallel.head_slots import HeadSlots
 
 DEFAULTS: dict[str, Any] = {
@@ -87,9 +81,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
 def sources(config: ModelConfig, slots: HeadSlots, names: Collection[str]) -> Sources:
     """Llama's names but for the norms."""
     return {
-        **outer_sources(config),
-        **norm_sources(config, NORMS),
-        **attention_sources(config, slots),
+        **backbone_sources(config, slots, NORMS),
         **mlp_sources(config, LAYER + "mlp."),
     }
 

@@ -14,12 +14,9 @@ from llmjax.models.family import (
     require,
 )
 from llmjax.models.sources import (
-    PRE_NORMS,
     ExpertNames,
-    attention_sources,
+    backbone_sources,
     expert_sources,
-    norm_sources,
-    outer_sources,
 )
 from llmjax.parallel.head_slots import HeadSlots
 
@@ -54,9 +51,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
 def sources(config: ModelConfig, slots: HeadSlots, names: Collection[str]) -> Sources:
     """Experts are fused, gate and up taking turns."""
     return {
-        **outer_sources(config),
-        **norm_sources(config, PRE_NORMS),
-        **attention_sources(config, slots),
+        **backbone_sources(config, slots),
         **expert_sources(config, names, NAMES),
     }
 

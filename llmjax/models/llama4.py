@@ -14,13 +14,10 @@ from llmjax.models.family import (
 )
 from llmjax.models.sources import (
     LAYER,
-    PRE_NORMS,
     ExpertNames,
-    attention_sources,
+    backbone_sources,
     expert_sources,
     mlp_sources,
-    norm_sources,
-    outer_sources,
 )
 from llmjax.parallel.head_slots import HeadSlots
 
@@ -73,9 +70,7 @@ def read_config(hf: Mapping[str, Any]) -> ModelConfig:
 def sources(config: ModelConfig, slots: HeadSlots, names: Collection[str]) -> Sources:
     """Dense and sparse layers share the prefix `feed_forward`."""
     return {
-        **outer_sources(config),
-        **norm_sources(config, PRE_NORMS),
-        **attention_sources(config, slots),
+        **backbone_sources(config, slots),
         **mlp_sources(config, LAYER + "feed_forward."),
         **expert_sources(config, names, NAMES),
     }

@@ -13,12 +13,9 @@ from llmjax.models.family import (
     require,
 )
 from llmjax.models.sources import (
-    PRE_NORMS,
     ExpertNames,
-    attention_sources,
+    backbone_sources,
     expert_sources,
-    norm_sources,
-    outer_sources,
 )
 from llmjax.parallel.head_slots import HeadSlots
 
@@ -46,9 +43,7 @@ def sources(config: ModelConfig, slots: HeadSlots, names: Collection[str]) -> So
     """Experts are called w1 (gate), w3 (up) and w2 (down)."""
     published = any(".block_sparse_moe." in name for name in names)
     return {
-        **outer_sources(config),
-        **norm_sources(config, PRE_NORMS),
-        **attention_sources(config, slots),
+        **backbone_sources(config, slots),
         **expert_sources(config, names, NAMES if published else FUSED_NAMES),
     }
 

@@ -38,14 +38,20 @@ PRE_NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_la
 """Most families' norms."""
 
 
-def dense_sources(config: ModelConfig, slots: HeadSlots, names: Collection[str]) -> Sources:
-    """Weights of a dense decoder in the names of Hugging Face's Llama and its relatives."""
+def backbone_sources(
+    config: ModelConfig, slots: HeadSlots, norms: Mapping[str, str] = PRE_NORMS
+) -> Sources:
+    """All but feed-forward layers, in the names of Hugging Face's Llama and its relatives."""
     return {
         **outer_sources(config),
-        **norm_sources(config, PRE_NORMS),
+        **norm_sources(config, norms),
         **attention_sources(config, slots),
-        **mlp_sources(config, LAYER + "mlp."),
     }
+
+
+def dense_sources(config: ModelConfig, slots: HeadSlots, names: Collection[str]) -> Sources:
+    """Weights of a dense decoder in the names of Hugging Face's Llama and its relatives."""
+    return {**backbone_sources(config, slots), **mlp_sources(config, LAYER + "mlp.")}
 
 
 def attention_sources(config: ModelConfig, slots: HeadSlots) -> Sources:

@@ -11,7 +11,7 @@ import pytest
 from llmjax.layers.logit_adjustments import Processor
 from llmjax.layers.logprobs import Logprobs, score
 from llmjax.layers.sampler import Sampled, SampleRows, sample
-from llmjax.layers.sampler_state import SamplerState, fill_slot, init_state
+from llmjax.layers.sampler_state import SamplerState, SlotContent, fill_slot, init_state
 from meshes import ParallelPlan, Rules, make_mesh
 
 OPTIONS = {
@@ -102,7 +102,7 @@ class SamplerOnPlan:
     ) -> SamplerState:
         """Writes a request into a slot in one chunk of 16 ids."""
         bias = bias or {}
-        arguments = (
+        content = (
             np.int32(slot),
             _padded(ids, 16, np.int32, 0),
             _padded(kinds, 16, np.int32, 0),
@@ -112,7 +112,7 @@ class SamplerOnPlan:
             np.bool_(reset),
         )
         with jax.set_mesh(self.mesh):
-            return self._fill(state, *(self._put(argument) for argument in arguments))
+            return self._fill(state, SlotContent._make(map(self._put, content)))
 
     def arguments(
         self, logits: np.ndarray, options: Sequence[dict[str, Any]] | dict[str, Any]
