@@ -28,6 +28,8 @@ def paged_attention(
     chunk: Int[Array, ""] | int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, "heads"] | None = None,
+    k_scale: Float[Array, ""] | float | None = None,
+    v_scale: Float[Array, ""] | float | None = None,
     value_dim: int | None = None,
     last_position: Int[Array, "rows"] | None = None,
     page_stride: int = 1,
@@ -39,7 +41,8 @@ def paged_attention(
     position `lengths[r] - 1`, and the keys of all of them are in the pages already. A `window` of w
     sees the last w positions, a `chunk` of c those since the last multiple of c; 0 or None is all.
     Without `v_pages`, values are the first `value_dim` features of the keys. Queries outside every
-    row give 0, and -inf as log-sum-exp.
+    row give 0, and -inf as log-sum-exp. What is in the pages, float8 perhaps, is multiplied with
+    `k_scale` and `v_scale`; None is 1.
 
     With a `page_stride` of s the pages of a row are every s-th of its sequence, from page
     `first_page` on, `lengths` counts the keys that are here, and the last query of each row stands
@@ -52,6 +55,9 @@ def paged_attention(
     page, kv_heads = k_pages.shape[2:4]
     dv = value_dim or k_pages.shape[4] if v_pages is None else v_pages.shape[4]
     group = heads // kv_heads
+    if v_pages is None:
+        v_scale = k_scale
+    key_scale = scale if k_scale is None else scale * k_scale
     last = lengths - 1 if last_position is None else last_position
     row, token, position = _query_blocks(query_start, lengths, last, tokens, max_query_length)
     queries = q.at[token].get(mode="fill", fill_value=0)
@@ -63,7 +69,8 @@ def paged_attention(
     def read(pages: Array, index: Array) -> Array:
         column = index * pages_per_round + jnp.arange(pages_per_round)
         ids = row_pages.at[:, column].get(mode="clip")
-        return pages[layer, ids].reshape(len(row), span, kv_heads, -1)
+        held = pages[layer, ids].reshape(len(row), span, kv_heads, -1)
+        return held.astype(q.dtype) if pages.dtype.itemsize == 1 else held
 
     def one_round(index: Array, carry: Softmax) -> Softmax:
         here = index * span + jnp.arange(span)
@@ -74,9 +81,8 @@ def paged_attention(
         values = keys[..., :dv] if v_pages is None else read(v_pages, index)
         values = jnp.where(cached[:, :, None, None], values, 0)
         visible = sees(position[..., None], key_position, window=window, chunk=chunk)
-        return add_keys(
-            carry, queries, keys, values, visible & cached[:, None], scale=scale, soft_cap=soft_cap
-        )
+        visible &= cached[:, None]
+        return add_keys(carry, queries, keys, values, visible, scale=key_scale, soft_cap=soft_cap)
 
     rounds = (jnp.max(lengths, initial=0) + span - 1) // span
     start = empty_softmax((*token.shape, kv_heads, group), dv)
@@ -88,6 +94,8 @@ def paged_attention(
         highest, sums = shift, sums * keep[..., None]
         total = total * keep + jnp.exp(sink - shift)
     out = sums / jnp.where(total == 0, 1.0, total)[..., None]
+    if v_scale is not None:
+        out *= v_scale
     lse = highest + jnp.log(total)
     out = out.astype(q.dtype).reshape(*token.shape, heads, dv)
     return (

@@ -55,7 +55,7 @@ def add_keys(
     values: Float[Array, "blocks keys kv_heads dv"],
     visible: Bool[Array, "blocks queries keys"],
     *,
-    scale: float,
+    scale: Float[Array, ""] | float,
     soft_cap: float | None,
 ) -> Softmax:
     scores = jnp.einsum("bqhgd,bshd->bqhgs", queries, keys, preferred_element_type=jnp.float32)

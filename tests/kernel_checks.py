@@ -31,11 +31,15 @@ def deal_pages(
 
 
 def fill_pages(
-    rng: np.random.Generator, owned: np.ndarray, kv_heads: int, features: int
+    rng: np.random.Generator,
+    owned: np.ndarray,
+    kv_heads: int,
+    features: int,
+    dtype: Any = jnp.bfloat16,
 ) -> jax.Array:
     """Random pages of two layers, NaN in every position that no row owns."""
     values = rng.normal(size=(2, *owned.shape, kv_heads, features))
-    return jnp.asarray(np.where(owned[None, :, :, None, None], values, np.nan), jnp.bfloat16)
+    return jnp.asarray(np.where(owned[None, :, :, None, None], values, np.nan), dtype)
 
 
 def float32_attention(

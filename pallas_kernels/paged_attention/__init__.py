@@ -38,6 +38,8 @@ def paged_attention(
     chunk: Int[Array, ""] | int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, "heads"] | None = None,
+    k_scale: Float[Array, ""] | float | None = None,
+    v_scale: Float[Array, ""] | float | None = None,
     value_dim: int | None = None,
     last_position: Int[Array, "rows"] | None = None,
     page_stride: int = 1,
@@ -51,7 +53,8 @@ def paged_attention(
     sees the last w positions, a `chunk` of c those since the last multiple of c; 0 or None is all.
     Queries outside every row give 0, and -inf as log-sum-exp. Without `v_pages`, values are the
     first `value_dim` features of the keys, as in multi-head latent attention. With
-    `max_query_length=1` and as many queries as rows, row r owns query r.
+    `max_query_length=1` and as many queries as rows, row r owns query r. What is in the pages is
+    multiplied with `k_scale` and `v_scale`, so that they may hold float8; None is 1.
 
     With a `page_stride` of s the pages of a row are every s-th of its sequence, from page
     `first_page` on, `lengths` counts the keys that are here, and the last query of each row stands
@@ -67,7 +70,13 @@ def paged_attention(
         )
     operands = (q, k_pages, v_pages, layer, page_table, query_start, lengths)
     options: dict[str, Any] = dict(
-        scale=scale, window=window, chunk=chunk, soft_cap=soft_cap, sinks=sinks
+        scale=scale,
+        window=window,
+        chunk=chunk,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
     if implementation != "reference":
         one_each = max_query_length == 1 and q.shape[0] == lengths.shape[0]
@@ -155,6 +164,7 @@ def _decode(device: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> 
         d=q.shape[2],
         dv=v_pages.shape[4],
         num_sms=device.core_count,
+        stored=k_pages.dtype.itemsize,
     )
     return decode_sm90.paged_decode(
         q, k_pages, v_pages, layer, page_table, lengths, **options, config=config
@@ -169,22 +179,30 @@ def _decode_latent(
     q, pages, v_pages, layer, page_table, _, lengths = operands
     if v_pages is not None or value_dim is None:
         raise NotImplementedError("takes values that are the first `value_dim` features of keys")
-    for name in ("window", "chunk", "lows", "soft_cap", "sinks"):
-        if options.get(name) is not None:
-            raise NotImplementedError(f"takes no {name}")
+    unknown = ("window", "chunk", "lows", "soft_cap", "sinks", "k_scale", "v_scale")
+    options = _without(unknown, options)
     config = mla_config(num_sms=device.core_count)
     return mla_decode_sm90.mla_decode(
         q, pages, layer, page_table, lengths,
-        scale=options["scale"], value_dim=value_dim, config=config,
+        **options, value_dim=value_dim, config=config,
     )  # fmt: skip
 
 
 def _prefill(device: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> Attended:
     from pallas_kernels.paged_attention import prefill_sm90
 
+    options = _without(("k_scale", "v_scale"), options)
     q, _, v_pages, *_ = operands
     config = prefill_config(d=q.shape[2], dv=v_pages.shape[4], num_sms=device.core_count)
     return prefill_sm90.paged_prefill(*operands, **options, config=config)
+
+
+def _without(unknown: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Returns what a kernel knows of the options; raises NotImplementedError if more is given."""
+    for name in unknown:
+        if options.get(name) is not None:
+            raise NotImplementedError(f"takes no {name}")
+    return {name: option for name, option in options.items() if name not in unknown}
 
 
 @functools.cache

@@ -16,16 +16,21 @@ TILE_BYTES = 64 * 1024
 """Bytes of the keys and values of a tile: large enough to hide what a tile costs besides."""
 
 
-def decode_config(*, heads: int, kv_heads: int, d: int, dv: int, num_sms: int) -> DecodeConfig:
-    """The configuration of a decode step with so many heads, of 2-byte elements."""
+def decode_config(
+    *, heads: int, kv_heads: int, d: int, dv: int, num_sms: int, stored: int = 2
+) -> DecodeConfig:
+    """The configuration of a decode step with so many heads, with pages of `stored` bytes each."""
     columns = -(-heads // kv_heads // 8) * 8
     dv = padded_values(dv)
-    kv_block = 256
+    # What widens float8 needs registers beside those of a tile's scores.
+    kv_block = 256 if stored == 2 else 128
     # Wide groups keep scores and sums of many heads in registers.
     while kv_block > 64 and (2 * kv_block * (d + dv) > TILE_BYTES or kv_block * columns > 4096):
         kv_block //= 2
     operands = 2 * columns * (2 * d + dv + kv_block)
-    stages = (SHARED_BYTES - operands) // (2 * kv_block * (d + dv))
+    if stored == 1:
+        operands += 2 * kv_block * (d + dv)
+    stages = (SHARED_BYTES - operands) // (stored * kv_block * (d + dv))
     return DecodeConfig(blocks=num_sms, kv_block=kv_block, stages=min(stages, 8))
 
 

@@ -51,7 +51,14 @@ class DecodeShape:
     limited: bool
     """Whether queries may see only a part of their rows."""
     has_sinks: bool
+    stored: int
+    """Bytes of an element in the pages."""
     config: DecodeConfig
+
+    @property
+    def narrow(self) -> bool:
+        """Whether pages hold float8, which is turned into the queries' type to be multiplied."""
+        return self.stored == 1
 
     @property
     def columns(self) -> int:
@@ -99,6 +106,8 @@ class DecodeRefs:
     limits: Any = None
     lows: Any = None
     sinks: Any = None
+    scales: Any = None
+    """What keys and values are multiplied with, where pages hold float8."""
     out: Any
     lse: Any
     sums: Any
@@ -109,6 +118,9 @@ class DecodeRefs:
     """Queries of two segments: one is computed, the next is on its way."""
     k_shared: Any
     v_shared: Any
+    k_wide: Any = None
+    """Keys of the tile that is computed, of the queries' type, where pages hold float8."""
+    v_wide: Any = None
     weights_shared: Any
     """Weights of a tile, [columns, positions]: wgmma takes its right side from shared memory."""
     out_shared: Any

@@ -32,7 +32,7 @@ from pallas_kernels.paged_attention.decode_softmax import (
 )
 from pallas_kernels.paged_attention.limits import pack_limits
 from pallas_kernels.paged_attention.schedule import Schedule, Segment, plan_share
-from pallas_kernels.paged_attention.swizzle import NARROWEST
+from pallas_kernels.paged_attention.swizzle import NARROWEST, swizzled_features
 from pallas_kernels.paged_attention.tiles import tiled
 
 MAX_GROUP = 64
@@ -53,6 +53,8 @@ def paged_decode(
     soft_cap: float | None = None,
     sinks: Float[Array, "heads"] | None = None,
     lows: Int[Array, "rows"] | None = None,
+    k_scale: Float[Array, ""] | float | None = None,
+    v_scale: Float[Array, ""] | float | None = None,
     config: DecodeConfig,
     interpret: Any = None,
 ) -> tuple[Float[Array, "rows heads dv"], Float[Array, "rows heads"]]:
@@ -78,9 +80,13 @@ def paged_decode(
         soft_cap=soft_cap,
         limited=limits is not None or lows is not None,
         has_sinks=sinks is not None,
+        stored=k_pages.dtype.itemsize,
         config=config,
     )
-    _check(shape, q, k_pages)
+    _check(shape, q, k_pages, v_pages)
+    scaled = k_scale is not None or v_scale is not None
+    if scaled and not shape.narrow:
+        raise NotImplementedError("paged decode on Hopper scales pages of float8 only")
     group, columns = shape.group, shape.columns
     queries = q.reshape(rows * kv_heads, group, d)
     if group > 8 and group != columns:
@@ -100,19 +106,27 @@ def paged_decode(
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(kv_heads, group)
         operands["sinks"] = jnp.pad(sinks, ((0, 0), (0, columns - group)))
+    if shape.narrow:
+        scales = [1.0 if scale is None else scale for scale in (k_scale, v_scale)]
+        operands["scales"] = jnp.stack([jnp.asarray(scale, jnp.float32) for scale in scales])
     out, lse = _launch(shape, operands, interpret)
     return out[..., :dv].reshape(rows, heads, dv), lse[:, :group].reshape(rows, heads)
 
 
-def _check(shape: DecodeShape, q: Array, k_pages: Array) -> None:
+def _check(shape: DecodeShape, q: Array, k_pages: Array, v_pages: Array) -> None:
     """Raises NotImplementedError for what the kernel does not cover."""
     config = shape.config
     pool = k_pages.shape[0] * shape.pages * shape.page
+    multiple = NARROWEST // shape.stored
     problems = {
-        f"queries of {q.dtype} and pages of {k_pages.dtype}; it takes bfloat16 or float16, one "
-        "for both": q.dtype != k_pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float16),
-        f"head dimensions {shape.d} and {shape.dv}; it takes multiples of {NARROWEST} up to 256": (
-            shape.d % NARROWEST or shape.dv % NARROWEST or max(shape.d, shape.dv) > 256
+        f"queries of {q.dtype} and pages of {k_pages.dtype} and {v_pages.dtype}; it takes bfloat16 "
+        "or float16, one for all, or pages of float8_e4m3fn": (
+            q.dtype not in (jnp.bfloat16, jnp.float16)
+            or k_pages.dtype != v_pages.dtype
+            or k_pages.dtype not in (q.dtype, jnp.float8_e4m3fn)
+        ),
+        f"head dimensions {shape.d} and {shape.dv}; it takes multiples of {multiple} up to 256": (
+            shape.d % multiple or shape.dv % multiple or max(shape.d, shape.dv) > 256
         ),
         f"pages of {shape.page}; it takes powers of 2 from 16 on": (
             shape.page < 16 or shape.page & (shape.page - 1)
@@ -147,8 +161,16 @@ def _launch(shape: DecodeShape, operands: dict[str, Array], interpret: Any) -> t
     value_tiles = functools.partial(tiled, dtype=dtype, swizzle=shape.value_swizzle)
     scratch = {
         "q_shared": key_tiles((2, columns, shape.d)),
-        "k_shared": key_tiles((stages, kv_block, shape.d)),
-        "v_shared": value_tiles((stages, kv_block, shape.value_rows)),
+        "k_shared": tiled(
+            (stages, kv_block, shape.d),
+            operands["k_pages"].dtype,
+            swizzle=swizzled_features(shape.d, shape.stored),
+        ),
+        "v_shared": tiled(
+            (stages, kv_block, shape.value_rows),
+            operands["v_pages"].dtype,
+            swizzle=swizzled_features(shape.dv, shape.stored),
+        ),
         # Both sides of a product are swizzled alike.
         "weights_shared": value_tiles((columns, kv_block)),
         "out_shared": plgpu.SMEM((columns, shape.value_rows), dtype),
@@ -159,6 +181,9 @@ def _launch(shape: DecodeShape, operands: dict[str, Array], interpret: Any) -> t
         "v_full": plgpu.Barrier(num_barriers=stages, num_arrivals=shape.copies),
         "v_free": plgpu.Barrier(num_barriers=stages),
     }
+    if shape.narrow:
+        scratch["k_wide"] = key_tiles((kv_block, shape.d))
+        scratch["v_wide"] = value_tiles((kv_block, shape.value_rows))
     out, lse, *_ = plgpu.kernel(
         functools.partial(_decode_kernel, shape, (*operands, *results, *scratch)),
         out_type=tuple(results.values()),

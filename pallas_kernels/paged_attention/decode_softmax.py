@@ -18,6 +18,8 @@ from pallas_kernels.paged_attention.decode_shape import DecodeRefs, DecodeShape
 from pallas_kernels.paged_attention.schedule import Segment
 
 LOG2_E = math.log2(math.e)
+WIDENED_ROWS = 64
+"""Positions of float8 that are converted at a time."""
 
 
 class Softmax(NamedTuple):
@@ -60,6 +62,7 @@ def attend(
     """Computes attention of one row and KV head over the tiles of a segment."""
     kv_block, columns, dv = shape.config.kv_block, shape.columns, shape.value_rows
     weights_shared = refs.weights_shared.transpose((1, 0))
+    k_scale = 1.0 if refs.scales is None else refs.scales[0]
     first_tile = lax.div(segment.low, jnp.int32(kv_block)) + segment.first
 
     def one_tile(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -67,17 +70,24 @@ def attend(
         slot = lax.rem(tiles + index, jnp.int32(shape.config.stages))
         start = (first_tile + index) * kv_block
         plgpu.barrier_wait(refs.k_full.at[slot])
+        keys = refs.k_shared.at[slot]
+        if shape.narrow:
+            _widen(keys, refs.k_wide)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(refs.k_free.at[slot])
+            keys = refs.k_wide
 
         def multiply_keys(product: Any) -> Array:
-            plgpu.wgmma(product, refs.k_shared.at[slot], queries.transpose((1, 0)))
+            plgpu.wgmma(product, keys, queries.transpose((1, 0)))
             return _wgmma(product[...])
 
         product = pl.run_scoped(
             multiply_keys, plgpu.WGMMAAccumulatorRef((kv_block, columns), jnp.float32)
         )
-        plgpu.barrier_arrive(refs.k_free.at[slot])
+        if not shape.narrow:
+            plgpu.barrier_arrive(refs.k_free.at[slot])
         visible = _visible(shape, segment, start, product.shape)
-        scores = jnp.where(visible, _scale(shape, product), -jnp.inf)
+        scores = jnp.where(visible, _scale(shape, product, k_scale), -jnp.inf)
 
         new_highest = _wgmma(jnp.maximum(highest, scores.max(axis=0)))
         weights = _wgmma(jnp.exp2(scores - _across(new_highest, kv_block)))
@@ -87,6 +97,9 @@ def attend(
 
         plgpu.barrier_wait(refs.v_full.at[slot])
         values = refs.v_shared.at[slot]
+        if shape.narrow:
+            _widen(values, refs.v_wide)
+            values = refs.v_wide
 
         partly_hidden = start + kv_block > segment.length
         if shape.limited:
@@ -97,6 +110,8 @@ def attend(
             _clear_hidden(shape, values, segment, start)
 
         plgpu.commit_smem()
+        if shape.narrow:
+            plgpu.barrier_arrive(refs.v_free.at[slot])
 
         def multiply_values(product: Any) -> Array:
             plgpu.wgmma(product, values.transpose((1, 0)), weights_shared)
@@ -105,7 +120,8 @@ def attend(
         product = pl.run_scoped(
             multiply_values, plgpu.WGMMAAccumulatorRef((dv, columns), jnp.float32)
         )
-        plgpu.barrier_arrive(refs.v_free.at[slot])
+        if not shape.narrow:
+            plgpu.barrier_arrive(refs.v_free.at[slot])
         return _wgmma(sums * _across(keep, dv) + product), new_highest, totals
 
     # The sum of weights stays apart for each row of a tile: it is summed up once, at the end.
@@ -118,12 +134,26 @@ def attend(
     return Softmax(sums, highest, _wgmma(totals.sum(axis=0)))
 
 
-def _scale(shape: DecodeShape, product: Array) -> Array:
+def _widen(narrow: Any, wide: Any) -> None:
+    """Converts a tile of float8, as many rows at a time as registers hold easily."""
+    for row in range(0, narrow.shape[0], WIDENED_ROWS):
+        rows = pl.ds(row, WIDENED_ROWS)
+        # Threads hold neighbours that are read at once, and exchange them for those of wgmma.
+        tile = plgpu.load(narrow.at[rows], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
+        # The chip turns float8 into float16 only, which holds all of it.
+        tile = tile.astype(jnp.float16)
+        if wide.dtype != tile.dtype:
+            tile = tile.astype(jnp.float32).astype(wide.dtype)
+        wide[rows, :] = _wgmma(tile)
+
+
+def _scale(shape: DecodeShape, product: Array, k_scale: Array | float) -> Array:
     """Turns products of queries and keys into scores, in powers of 2."""
+    scale = shape.scale * LOG2_E * k_scale
     if shape.soft_cap is None:
-        return product * (shape.scale * LOG2_E)
+        return product * scale
     # tanh(x) = 1 - 2 / (1 + exp(2 x)): the approximate tanh of the chip is too coarse.
-    power = jnp.exp2(product * (2 * shape.scale * LOG2_E / shape.soft_cap))
+    power = jnp.exp2(product * (scale * (2 / shape.soft_cap)))
     return (shape.soft_cap * LOG2_E) * (1.0 - 2.0 / (1.0 + power))
 
 
@@ -156,7 +186,8 @@ def write(shape: DecodeShape, refs: DecodeRefs, index: Array, done: Softmax) -> 
         )
         empty = Softmax(jnp.zeros_like(sums), sinks * LOG2_E, jnp.ones_like(total))
         sums, highest, total = _combine(shape, done, empty)
-    out = sums * _across(1.0 / total, shape.value_rows)
+    v_scale = 1.0 if refs.scales is None else refs.scales[1]
+    out = sums * _across(v_scale / total, shape.value_rows)
     write_out(shape, refs, index, out.astype(refs.out.dtype))
     store(refs.lse.at[index], (highest + jnp.log2(total)) * (1 / LOG2_E))
 

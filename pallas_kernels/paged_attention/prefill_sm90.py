@@ -106,11 +106,12 @@ def _check(shape: PrefillShape, q: Array, k_pages: Array) -> None:
     """Raises NotImplementedError for what the kernel does not cover."""
     config = shape.config
     pool = k_pages.shape[0] * shape.pages * shape.page
+    multiple = NARROWEST // q.dtype.itemsize
     problems = {
         f"queries of {q.dtype} and pages of {k_pages.dtype}; it takes bfloat16 or float16, one "
         "for both": q.dtype != k_pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float16),
-        f"head dimensions {shape.d} and {shape.dv}; it takes multiples of {NARROWEST} up to 256": (
-            shape.d % NARROWEST or shape.dv % NARROWEST or max(shape.d, shape.dv) > 256
+        f"head dimensions {shape.d} and {shape.dv}; it takes multiples of {multiple} up to 256": (
+            shape.d % multiple or shape.dv % multiple or max(shape.d, shape.dv) > 256
         ),
         f"pages of {shape.page}; it takes powers of 2 from 16 on": (
             shape.page < 16 or shape.page & (shape.page - 1)

@@ -2,12 +2,12 @@
 
 import math
 
-WIDEST = 64
-"""Elements of 2 bytes in the widest swizzle, which spreads rows over all banks best."""
-NARROWEST = 16
-"""Those in the narrowest: wgmma takes as many features at a time."""
+WIDEST = 128
+"""Bytes of the widest swizzle, which spreads rows over all banks best."""
+NARROWEST = 32
+"""Bytes of the narrowest: as many features as wgmma takes at a time."""
 
 
-def swizzled_features(features: int) -> int:
-    """Returns the features that a swizzle spans, 64, 32 or 16: the most that divide a head's."""
-    return math.gcd(features, WIDEST)
+def swizzled_features(features: int, element: int = 2) -> int:
+    """Returns the features of so many bytes that a swizzle spans: the most that divide a head's."""
+    return math.gcd(features, WIDEST // element)

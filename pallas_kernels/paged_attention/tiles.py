@@ -3,15 +3,13 @@
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
-
-BYTES = 2
-"""Of an element: wgmma reads tiles along both of their axes only where it is 2."""
+import jax.numpy as jnp
 
 
 def tiled(shape: tuple[int, ...], dtype: Any, *, swizzle: int) -> Any:
     """Returns scratch memory for tiles whose swizzle spans so many features."""
     transforms = (
         plgpu.TilingTransform((8, swizzle)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(BYTES * swizzle),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(swizzle * jnp.dtype(dtype).itemsize),  # pyright: ignore[reportAbstractUsage]
     )
     return plgpu.SMEM(shape, dtype, transforms=transforms)

@@ -30,12 +30,24 @@ from pallas_kernels.paged_attention.limits import keys_before
 # The package has a function of this name, too.
 paged_attention = importlib.import_module("pallas_kernels.paged_attention")
 
+FLOAT8 = jnp.float8_e4m3fn
 
-def decode_case(lengths: list[int], *, heads=4, kv_heads=1, d=64, dv=64, page=PAGE, seed=0):
+
+def decode_case(
+    lengths: list[int],
+    *,
+    heads=4,
+    kv_heads=1,
+    d=64,
+    dv=64,
+    page=PAGE,
+    dtype: Any = jnp.bfloat16,
+    seed=0,
+):
     """Random queries over shuffled pages; whatever a row does not own is NaN, or no page at all."""
     rng = np.random.default_rng(seed)
     table, owned = deal_pages(rng, lengths, page)
-    pages = functools.partial(fill_pages, rng, owned, kv_heads)
+    pages = functools.partial(fill_pages, rng, owned, kv_heads, dtype=dtype)
     q = jnp.asarray(rng.normal(size=(len(lengths), heads, d)), jnp.bfloat16)
     return q, pages(d), pages(dv), LAYER, jnp.asarray(table), jnp.asarray(lengths, jnp.int32)
 
@@ -101,6 +113,44 @@ def test_decode_kernel_takes_heads_that_do_not_fill_the_widest_swizzle(d, dv):
     case = decode_case(lengths, heads=6, kv_heads=2, d=d, dv=dv)
     assert_equal_attention(decode(case, blocks=2), expected(case))
     assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize(
+    "d, dv, options",
+    [
+        (64, 64, {}),
+        (128, 96, {"window": 21, "soft_cap": 2.0, "sinks": jnp.asarray([-2.0, 0.0, 1.0, 9.0])}),
+    ],
+    ids=["plain", "all options"],
+)
+def test_decode_kernel_reads_pages_of_float8(d, dv, options):
+    lengths = [70, 0, 1, PAGE - 1, PAGE, PAGE + 1]
+    case = decode_case(lengths, kv_heads=2, d=d, dv=dv, dtype=FLOAT8)
+    options = options | {"k_scale": jnp.float32(0.5), "v_scale": 0.75}
+    assert_equal_attention(decode(case, blocks=2, **options), expected(case, **options))
+    assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_the_reference_scales_what_is_in_the_pages(latent):
+    q, k_pages, v_pages, layer, table, lengths = decode_case([20, 3], dtype=FLOAT8)
+    table = jnp.where(table == NO_PAGE, 0, table)
+    others = layer, table, jnp.arange(3), lengths
+    k_scale, v_scale = jnp.float32(0.25), 3.0
+    k_exact = k_pages.astype(jnp.float32) * k_scale
+    v_exact = v_pages.astype(jnp.float32) * v_scale
+    run = functools.partial(
+        pallas_kernels.paged_attention,
+        scale=0.125, max_query_length=1, value_dim=32 if latent else None,
+    )  # fmt: skip
+    q = q.astype(jnp.float32)
+    got = run(
+        q, k_pages, None if latent else v_pages, *others,
+        k_scale=k_scale, v_scale=None if latent else v_scale,
+    )  # fmt: skip
+    want = run(q, k_exact, None if latent else v_exact, *others)
+    np.testing.assert_allclose(got[0], want[0], atol=1e-5)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("blocks", [3, 7])
@@ -179,11 +229,15 @@ def test_keys_before_counts_the_keys_that_are_here(stride, first):
         (32, 8, 112, 128),
     ],
 )
-def test_every_shipped_configuration_lowers_for_cuda(heads, kv_heads, d, page):
-    config = decode_config(heads=heads, kv_heads=kv_heads, d=d, dv=d, num_sms=132)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, FLOAT8])
+def test_every_shipped_configuration_lowers_for_cuda(heads, kv_heads, d, page, dtype):
+    if dtype == FLOAT8 and d % 32:
+        pytest.skip("swizzles of float8 span 32 features at least")
+    stored = jnp.dtype(dtype).itemsize
+    config = decode_config(heads=heads, kv_heads=kv_heads, d=d, dv=d, num_sms=132, stored=stored)
     lows = jnp.zeros(4, jnp.int32) if page == 16 else None
     run = functools.partial(decode_sm90.paged_decode, scale=d**-0.5, lows=lows, config=config)
-    pages = jax.ShapeDtypeStruct((2, 100, page, kv_heads, d), jnp.bfloat16)
+    pages = jax.ShapeDtypeStruct((2, 100, page, kv_heads, d), dtype)
     arguments = (
         jax.ShapeDtypeStruct((4, heads, d), jnp.bfloat16),
         pages,
@@ -201,6 +255,8 @@ def test_every_shipped_configuration_lowers_for_cuda(heads, kv_heads, d, page):
         (dict(d=72), "head dimensions 72 and 64; it takes multiples of 16 up to 256"),
         (dict(heads=130, kv_heads=1), "130 query heads a KV head; it takes up to 64"),
         (dict(page=24), "pages of 24; it takes powers of 2 from 16 on"),
+        (dict(d=80, dtype=FLOAT8), "head dimensions 80 and 64; it takes multiples of 32 up to 256"),
+        (dict(dtype=jnp.float8_e5m2), "queries of bfloat16 and pages of float8_e5m2"),
     ],
 )
 def test_decode_kernel_says_what_it_does_not_cover(sizes, message):
@@ -234,3 +290,17 @@ def test_decode_kernel_agrees_with_float32_on_the_gpu(d, dv, page):
     got = jax.jit(functools.partial(run, scale=0.125, max_query_length=1))(*arguments)
     with jax.default_matmul_precision("highest"):
         assert_equal_attention(got, expected(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("heads, d, dv", [(32, 128, 128), (64, 64, 64), (8, 96, 96), (8, 192, 128)])
+def test_decode_kernel_reads_pages_of_float8_on_the_gpu(heads, d, dv, page):
+    lengths = [page * 31, 0, 1, page - 1, page, page + 1]
+    case = decode_case(lengths, heads=heads, kv_heads=8, d=d, dv=dv, page=page, dtype=FLOAT8)
+    arguments = *case[:5], jnp.arange(len(lengths) + 1), case[5]
+    scales: Any = dict(k_scale=jnp.float32(0.5), v_scale=jnp.float32(0.75))
+    run = functools.partial(pallas_kernels.paged_attention, implementation="decode_sm90")
+    got = jax.jit(functools.partial(run, scale=0.125, max_query_length=1))(*arguments, **scales)
+    with jax.default_matmul_precision("highest"):
+        assert_equal_attention(got, expected(case, **scales))
