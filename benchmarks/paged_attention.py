@@ -6,6 +6,7 @@ and the last row are compared with float32 after the memory they will land in wa
 and must be finite everywhere.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,11 +43,14 @@ class Shape(DecodeShape):
     d: int = 128
     window: int | None = None
     sinks: bool = False
+    float8: bool = False
+    """Whether pages hold float8; queries and outputs do not."""
 
     @property
     def name(self) -> str:
         extras = f", window {self.window}" if self.window else ""
         extras += ", sinks" if self.sinks else ""
+        extras += ", float8" if self.float8 else ""
         heads = f"{self.heads}/{self.kv_heads} heads of {self.d}"
         return f"{self.rows} x {self.context}, {heads}{extras}"
 
@@ -56,7 +60,12 @@ class Shape(DecodeShape):
 
     def bytes(self) -> float:
         """Bytes of the keys and values that the queries see."""
-        return 4.0 * self.seen() * self.kv_heads * self.d
+        return 2.0 * self.dtype.itemsize * self.seen() * self.kv_heads * self.d
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the pages."""
+        return jnp.dtype(jnp.float8_e4m3fn if self.float8 else jnp.bfloat16)
 
     def flops(self) -> float:
         return 4.0 * self.seen() * self.heads * self.d
@@ -66,7 +75,7 @@ class Shape(DecodeShape):
         return (1, pages, self.page, self.kv_heads, self.d)
 
     def arguments(self) -> list[jax.ShapeDtypeStruct]:
-        pool = jax.ShapeDtypeStruct(self.pool(), jnp.bfloat16)
+        pool = jax.ShapeDtypeStruct(self.pool(), self.dtype)
         return [
             jax.ShapeDtypeStruct((self.rows, self.heads, self.d), jnp.bfloat16),
             pool,
@@ -84,6 +93,10 @@ SHAPES = (
     *(Shape(rows=rows, context=4096, heads=64, d=64) for rows in (16, 64, 256)),
     Shape(rows=64, context=4096, heads=64, d=64, window=128, sinks=True),
     Shape(rows=64, context=32768, window=4096),
+    *(Shape(rows=64, context=4096, d=d) for d in (80, 96, 112)),
+    *(Shape(rows=rows, context=4096, float8=True) for rows in (1, 16, 64, 256)),
+    Shape(rows=64, context=32768, float8=True),
+    Shape(rows=64, context=4096, heads=64, d=64, float8=True),
 )
 TUNED = (SHAPES[0], *SHAPES[2:3], *SHAPES[5:6], *SHAPES[11:12], *SHAPES[13:14])
 CANDIDATES = {
@@ -115,8 +128,9 @@ def programs(shape: Shape, *, tune: bool, num_sms: int) -> Iterator[tuple[str, C
     """Name and function of each of our configurations; `llmjax` is what ships."""
     d = shape.d
     shipped = configs.decode_config(
-        heads=shape.heads, kv_heads=shape.kv_heads, d=d, dv=d, num_sms=num_sms
-    )
+        heads=shape.heads, kv_heads=shape.kv_heads, d=d, dv=d, num_sms=num_sms,
+        stored=shape.dtype.itemsize,
+    )  # fmt: skip
     yield "llmjax", _ours(shape, shipped)
     for config in CANDIDATES[shape.d] if tune and shape in TUNED else ():
         size = f"{config.blocks} blocks, {config.kv_block} x {config.stages}"
@@ -133,7 +147,7 @@ def compile_all(folder: Path) -> dict[tuple[int, str], jax.stages.Compiled | Exc
     """Compiles every program side by side, by number of the shape and name."""
     others: dict[tuple[int, str], timing.Job] = {}
     for index, shape in enumerate(SHAPES):
-        if not (shape.window or shape.sinks):
+        if not (shape.window or shape.sinks or shape.float8):
             others[index, "cuDNN paged"] = partial(_compile_cudnn, shape)
             if shape.page == 64 and shape.rows * shape.context <= 2**20:
                 others[index, "JAX paged_attention"] = partial(_compile_jax_own, shape)
@@ -182,12 +196,17 @@ def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list
     rows = []
     for index, shape in enumerate(SHAPES):
         # Outside of a program a reshape copies: once here, not once for every place.
-        pools = [pool.reshape(shape.pool()) for pool in pools]
+        pages = [_as_pages(shape, pool) for pool in pools]
         for name, program in [(n, p) for (i, n), p in compiled.items() if i == index]:
             if time.monotonic() < deadline:
-                rows.append(_measure_program(shape, name, program, pools, limits))
+                rows.append(_measure_program(shape, name, program, pages, limits))
                 print(*rows[-1].values(), flush=True)
     return rows
+
+
+@partial(jax.jit, static_argnums=0)
+def _as_pages(shape: Shape, pool: jax.Array) -> jax.Array:
+    return pool[: math.prod(shape.pool())].reshape(shape.pool()).astype(shape.dtype)
 
 
 def _measure_program(

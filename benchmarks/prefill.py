@@ -100,6 +100,7 @@ SHAPES = (
     Shape(name="8 x 4k", queries=(4096,) * 8, heads=64, d=64),
     Shape(name="8 x 4k", queries=(4096,) * 8, heads=16, d=256),
     Shape(name="1 x 32k, window 4096", queries=(32768,), window=4096),
+    *(Shape(name="8 x 4k", queries=(4096,) * 8, d=d) for d in (80, 96, 112)),
 )
 TUNED = SHAPES[:3]
 CANDIDATES = (PrefillConfig(blocks=132, kv_block=64, stages=4),)

@@ -36,6 +36,8 @@ def shipped_kernels() -> Iterator[Program]:
         for limited in (False, True):
             yield _attention("decode", heads, kv_heads, d, limited)
             yield _attention("prefill", heads, kv_heads, d, limited)
+            if d % 32 == 0:
+                yield _attention("float8 decode", heads, kv_heads, d, limited)
     yield _latent_decode()
     for activation in (None, "silu", "clamped_swiglu"):
         for name, config in configs.NAMED.items():
@@ -59,10 +61,14 @@ def _attention(kind: str, heads: int, kv_heads: int, d: int, limited: bool) -> P
     if limited:
         sinks = jnp.zeros(heads)
         options |= dict(window=jnp.int32(9), chunk=jnp.int32(0), soft_cap=3.0, sinks=sinks)
-    pages, integer = _shape((2, 100, 64, kv_heads, d)), _shape((), jnp.int32)
+    dtype = jnp.float8_e4m3fn if "float8" in kind else jnp.bfloat16
+    pages, integer = _shape((2, 100, 64, kv_heads, d), dtype), _shape((), jnp.int32)
     ragged = _shape((4, 10), jnp.int32), _shape((5,), jnp.int32), _shape((4,), jnp.int32)
-    if kind == "decode":
-        config = decode_config(heads=heads, kv_heads=kv_heads, d=d, dv=d, num_sms=NUM_SMS)
+    if "decode" in kind:
+        config = decode_config(
+            heads=heads, kv_heads=kv_heads, d=d, dv=d,
+            num_sms=NUM_SMS, stored=pages.dtype.itemsize,
+        )  # fmt: skip
         run = functools.partial(decode_sm90.paged_decode, **options, config=config)
         arguments = _shape((4, heads, d)), pages, pages, integer, ragged[0], ragged[2]
     else:
