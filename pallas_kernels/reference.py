@@ -42,7 +42,7 @@ def paged_attention(
     sees the last w positions, a `chunk` of c those since the last multiple of c; 0 or None is all.
     Without `v_pages`, values are the first `value_dim` features of the keys. Queries outside every
     row give 0, and -inf as log-sum-exp. What is in the pages, float8 perhaps, is multiplied with
-    `k_scale` and `v_scale`; None is 1.
+    `k_scale` and `v_scale`; None is 1. Values that are features of keys have the scale of the keys.
 
     With a `page_stride` of s the pages of a row are every s-th of its sequence, from page
     `first_page` on, `lengths` counts the keys that are here, and the last query of each row stands

@@ -54,7 +54,8 @@ def paged_attention(
     Queries outside every row give 0, and -inf as log-sum-exp. Without `v_pages`, values are the
     first `value_dim` features of the keys, as in multi-head latent attention. With
     `max_query_length=1` and as many queries as rows, row r owns query r. What is in the pages is
-    multiplied with `k_scale` and `v_scale`, so that they may hold float8; None is 1.
+    multiplied with `k_scale` and `v_scale`, so that they may hold float8; None is 1. Values that
+    are features of keys have the scale of the keys.
 
     With a `page_stride` of s the pages of a row are every s-th of its sequence, from page
     `first_page` on, `lengths` counts the keys that are here, and the last query of each row stands

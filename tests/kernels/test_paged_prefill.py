@@ -1,4 +1,6 @@
 import functools
+import importlib
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -201,6 +203,23 @@ def test_a_machine_without_a_hopper_gpu_runs_the_reference():
     np.testing.assert_array_equal(run(*arguments)[0], want[0])
     with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
         run(*arguments, implementation="prefill_sm90")
+
+
+def test_pages_of_float8_run_the_reference(monkeypatch):
+    q, k_pages, v_pages, layer, table, start, lengths = prefill_case([(20, 3), (0, 5)])
+    pages = [x.astype(jnp.float8_e4m3fn) for x in (k_pages, v_pages)]
+    arguments: Any = (q, *pages, layer, jnp.where(table == NO_PAGE, 0, table), start, lengths)
+    options: Any = dict(scale=0.125, max_query_length=5, v_scale=0.5)
+    want = reference.paged_attention(*arguments, **options)
+    module = importlib.import_module("pallas_kernels.paged_attention")
+    device = SimpleNamespace(core_count=1, device_kind="interpreter")
+    monkeypatch.setattr(module, "_hopper_device", lambda: device)
+    for chosen in (options, options | dict(v_scale=None)):
+        out, _ = pallas_kernels.paged_attention(*arguments, **chosen)
+        ratio = 1.0 if chosen is options else 0.5
+        np.testing.assert_allclose(out * ratio, want[0], atol=2**-8)
+    with pytest.raises(NotImplementedError, match="takes no v_scale"):
+        pallas_kernels.paged_attention(*arguments, **options, implementation="prefill_sm90")
 
 
 @pytest.mark.gpu
