@@ -93,7 +93,7 @@ class ParallelPlan:
         stages = self.pp_partition
         if not isinstance(stages, list | tuple) or not all(map(is_size, stages)):
             raise PlanError(
-                f"pp_partition={shorten(stages)} is no list of layer counts: give each stage "
+                f"pp_partition={shorten(stages)} is no list of layers a stage: give each stage "
                 "a whole number from 1 up, such as [16, 16]."
             )
         if len(stages) != self.pp:

@@ -106,6 +106,7 @@ def test_a_plan_file_that_is_no_utf_8_is_refused(tmp_path):
     ("options", "sentence"),
     [
         (dict(max_batch=3), "has no option 'max_batch'.*max_batch_size"),
+        (dict(pp=2), "has no option 'pp'. Did you mean pipeline_parallel_size?"),
         (dict(max_batch_size=0), "max_batch_size=0 is out of range"),
         (dict(max_num_seqs=2, max_batch_size=2), "are the same option"),
         (dict(dtype="int8"), "dtype='int8' is out of range: use float32"),

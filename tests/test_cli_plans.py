@@ -42,6 +42,8 @@ def call(*arguments: object, command: str = "generate") -> None:
         ("--tp 8 --ep 4 --moe-tp 2", ParallelPlan(ep=4, tp=2)),
         ("--tp 2 --dp 2 --attention-dp", ParallelPlan(dp=2, tp=2, attention_dp=True)),
         ("--pp 2 --cp 2", ParallelPlan(pp=2, cp=2)),
+        ("--cp 2 --cp-type helix", ParallelPlan(cp=2, cp_type="HELIX")),
+        ("--pp 2 --pp-partition 20,10", ParallelPlan(pp=2, pp_partition=(20, 10))),
     ],
 )
 def test_flags_are_sizes_in_tensorrt_llms_words(asked, command, flags, plan):

@@ -38,7 +38,13 @@ MoeTp = Annotated[
     int | None, layout_option("--moe-tp", help="Ranks inside each expert: --tp / --ep.")
 ]
 Cp = Annotated[int | None, layout_option("--cp", help="Context ranks.")]
+CpType = Annotated[
+    str | None, layout_option(help="RING, or HELIX: context ranks split feed-forward layers too.")
+]
 Pp = Annotated[int | None, layout_option("--pp", help="Pipeline stages.")]
+PpPartition = Annotated[
+    str | None, layout_option(metavar="N,N,...", help="Layers of each stage, such as 17,15.")
+]
 Dispatch = Annotated[
     str | None,
     layout_option(help=f"How tokens reach their experts: auto, {', '.join(DISPATCHES)}."),
@@ -96,7 +102,9 @@ class Layout:
     moe_tp: MoeTp = None
     dp: Dp = None
     cp: Cp = None
+    cp_type: CpType = None
     pp: Pp = None
+    pp_partition: PpPartition = None
     attention_dp: AttentionDp = None
     dispatch: Dispatch = None
     plan: Plan = None
@@ -110,10 +118,19 @@ class Layout:
             moe_tensor_parallel_size=self.moe_tp,
             data_parallel_size=self.dp,
             context_parallel_size=self.cp,
+            cp_config={"cp_type": self.cp_type.upper()} if self.cp_type else None,
             pipeline_parallel_size=self.pp,
+            pp_partition=_read_counts(self.pp_partition),
             enable_attention_dp=self.attention_dp,
             moe_dispatch=self.dispatch,
         )
+
+
+def _read_counts(text: str | None) -> list[Any] | None:
+    """ "17,15" -> [17, 15]; what is no number stays as it is, for the plan to refuse."""
+    if text is None:
+        return None
+    return [int(part) if part.strip().isdigit() else part for part in text.split(",")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """Runs steps on the devices: owns the weights, the state and the compiled programs."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +29,8 @@ from llmjax.layers.moe import DispatchOptions
 from llmjax.models.decoder import RunOptions, cache_shapes, padded_vocab
 from llmjax.weights.model import Weights, abstract_decoder
 from meshes import Rules
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,13 @@ class Runner:
         self.maker = self._make_maker()
         tokens = engine.max_num_tokens or (512 if on_cpu else 8192)
         self.max_num_tokens = max(tokens, self.max_batch_size)
+        if engine.max_num_tokens and tokens < self.max_batch_size:
+            logger.warning(
+                "max_num_tokens=%d is raised to max_batch_size=%d, so that every running request "
+                "can take a step: use a smaller max_batch_size for smaller steps.",
+                tokens,
+                self.max_batch_size,
+            )
         self.prefill_rows = min(self.max_batch_size, 4 if on_cpu else 16)
         context = config.max_position_embeddings
         self.max_seq_len = min(engine.max_seq_len or context, context)
@@ -216,8 +226,13 @@ class Runner:
 
         For looking inside and for tests: a program is compiled for each length.
         """
+        # Ids of the engine's requests begin at 0, and columns are kept by id.
         request = Request(
-            id=0, prompt_ids=tuple(ids), params=SamplingParams(), max_tokens=1, stop_ids=frozenset()
+            id=-1,
+            prompt_ids=tuple(ids),
+            params=SamplingParams(),
+            max_tokens=1,
+            stop_ids=frozenset(),
         )
         pages = -(-len(ids) // self.block_size)
         work = Work(
@@ -235,6 +250,7 @@ class Runner:
         bucket = Bucket(prefill_tokens=padded, decodes=context, prefill_rows=1, width=pages)
         schedule = Schedule(index=0, ranks=ranks, admitted=(), preempted=())
         packed = np.stack([self._pack(schedule, bucket)] * self.num_stages)
+        self._slots.forget(request)
         empty_state = partial(self._empty_state, pages, bucket.tokens)
         with self._tracing():
             compute = jax.jit(self.maker.make_logits(bucket, empty_state))

@@ -224,3 +224,14 @@ def test_without_max_seq_len_the_context_is_what_the_cache_holds(llm_on):
     output = llm.generate([prompt(20)], SamplingParams(max_tokens=None, ignore_eos=True))[0]
     assert len(output.outputs[0].token_ids) == 12
     assert output.outputs[0].finish_reason == "length"
+
+
+def test_a_look_at_logits_changes_no_request(golden):
+    stored = golden(FAMILY)
+    llm = LLM(stored.folder, progress=False, **FIVE_BUCKETS)
+    prompt = stored.greedy[: stored.prompt_length]
+    llm.logits(prompt[:3])
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    (output,) = llm.generate([prompt], params)
+    expected = stored.greedy[stored.prompt_length :][:4]
+    assert list(output.outputs[0].token_ids) == expected

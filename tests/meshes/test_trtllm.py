@@ -285,8 +285,8 @@ BAD: dict[str, str] = {
         "which are the same: keep one of them"
     ),
     "pp_partition: [4, 4]": "pp_partition=[4, 4] has 2 stages, and pipeline_parallel_size",
-    "pipeline_parallel_size: 2\npp_partition: [4, 0]": "is no list of layer counts",
-    "pipeline_parallel_size: 2\npp_partition: 8": "pp_partition=8 is no list of layer counts",
+    "pipeline_parallel_size: 2\npp_partition: [4, 0]": "is no list of layers a stage",
+    "pipeline_parallel_size: 2\npp_partition: 8": "pp_partition=8 is no list of layers a stage",
     "enable_attention_dp: 'yes please'": "enable_attention_dp='yes please' does not exist",
     "attention_dp_config: {enable_balance: true}": "needs several batch ranks: add enable",
     "context_parallel_size: 2\ncp_config: {cp_type: ULYSSES}": "raise that, or use RING",
