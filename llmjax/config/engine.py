@@ -19,6 +19,7 @@ from llmjax.config.checks import (
     is_one_of,
     is_seed,
 )
+from meshes.trtllm import FIELD_KEYS
 
 LogitsProcessor = Callable[[jnp.ndarray, jnp.ndarray, jnp.ndarray], jnp.ndarray]
 """A JAX function (logits [vocab], generated counts [vocab], position) -> logits [vocab]."""
@@ -102,7 +103,7 @@ class EngineConfig:
         for key, value in keywords.items():
             name = ALIASES.get(key, key)
             if name not in known:
-                meant = f"Did you mean {MESH_WORDS[key]}? " if key in MESH_WORDS else ""
+                meant = f"Did you mean {FIELD_KEYS[key]}? " if key in FIELD_KEYS else ""
                 raise ConfigError(
                     f"LLM() has no option {key!r}. {meant}"
                     f"Options: {', '.join(sorted(known | set(ALIASES)))}; "
@@ -118,16 +119,6 @@ class EngineConfig:
         return cls(**values)
 
 
-MESH_WORDS = {
-    "tp": "tensor_parallel_size",
-    "ep": "moe_expert_parallel_size",
-    "dp": "data_parallel_size",
-    "cp": "context_parallel_size",
-    "pp": "pipeline_parallel_size",
-    "attention_dp": "enable_attention_dp",
-    "cp_type": 'cp_config={"cp_type": ...}',
-}
-"""Words of a plan, `plan=ParallelPlan(tp=2)`, -> those of options."""
 ALIASES = {
     "max_num_seqs": "max_batch_size",
     "max_num_batched_tokens": "max_num_tokens",

@@ -236,3 +236,14 @@ PLAN_KEYS = frozenset(
     if isinstance(fate, Honoured) and fate.target in PLAN_WORDS
 )
 """Keys that set a part of the plan."""
+
+FIELD_KEYS = {
+    "tp": "tensor_parallel_size",
+    "ep": "moe_expert_parallel_size",
+    "dp": "data_parallel_size",
+    "cp": "context_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "attention_dp": "enable_attention_dp",
+    "cp_type": 'cp_config={"cp_type": ...}',
+}
+"""Fields of a `ParallelPlan` -> the keys that say about the same."""
