@@ -73,8 +73,9 @@ INTRODUCTION = f"""# Every model on every plan
 
 Tiny checkpoints of each family, on virtual CPU devices in float32: the largest difference of any
 logit from that of Hugging Face transformers. Each must be under {TOLERANCE}, and the greedy ids
-must be the same. `uv run pytest -m matrix` measures and writes this page; `-k` limits it to some
-rows and leaves the others as they are.
+must be the same. Checkpoints that only switch something on in their family run on the plans that
+cover it. `uv run pytest -m matrix` measures and writes this page; `-k` limits it to some rows and
+leaves the others as they are.
 
 """
 
