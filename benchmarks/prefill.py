@@ -42,10 +42,18 @@ class Shape:
     kv_heads: int = 8
     d: int = 128
     window: int | None = None
+    float8: bool = False
+    """Whether pages hold float8; queries and outputs do not."""
 
     @property
     def distribution(self) -> str:
-        return f"{self.heads}/{self.kv_heads} heads of {self.d}, page {self.page}"
+        stored = ", float8" if self.float8 else ""
+        return f"{self.heads}/{self.kv_heads} heads of {self.d}, page {self.page}{stored}"
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the pages."""
+        return jnp.dtype(jnp.float8_e4m3fn if self.float8 else jnp.bfloat16)
 
     @property
     def tokens(self) -> int:
@@ -70,12 +78,13 @@ class Shape:
 
     def bytes(self) -> float:
         """Bytes of keys, values, queries and outputs, each once."""
-        return 4.0 * self.d * (sum(self.lengths) * self.kv_heads + self.tokens * self.heads)
+        cached = sum(self.lengths) * self.kv_heads * self.dtype.itemsize
+        return 2.0 * self.d * (cached + 2 * self.tokens * self.heads)
 
     def arguments(self) -> list[jax.ShapeDtypeStruct]:
         rows = len(self.queries)
         pages = (1, rows * self.width, self.page, self.kv_heads, self.d)
-        pool = jax.ShapeDtypeStruct(pages, jnp.bfloat16)
+        pool = jax.ShapeDtypeStruct(pages, self.dtype)
         return [
             jax.ShapeDtypeStruct((self.tokens, self.heads, self.d), jnp.bfloat16),
             pool,
@@ -101,6 +110,10 @@ SHAPES = (
     Shape(name="8 x 4k", queries=(4096,) * 8, heads=16, d=256),
     Shape(name="1 x 32k, window 4096", queries=(32768,), window=4096),
     *(Shape(name="8 x 4k", queries=(4096,) * 8, d=d) for d in (80, 96, 112)),
+    Shape(name="8 x 4k", queries=(4096,) * 8, float8=True),
+    Shape(name="512 over 32k", queries=(512,), cached=32768, float8=True),
+    Shape(name="8 x 4k", queries=(4096,) * 8, heads=64, d=64, float8=True),
+    Shape(name="8 x 4k", queries=(4096,) * 8, heads=16, d=256, float8=True),
 )
 TUNED = SHAPES[:3]
 CANDIDATES = (PrefillConfig(blocks=132, kv_block=64, stages=4),)
@@ -119,7 +132,9 @@ def _ours(shape: Shape, config: PrefillConfig) -> Callable:
 
 def programs(shape: Shape, *, tune: bool, num_sms: int) -> Iterator[tuple[str, Callable]]:
     """Name and function of each of our configurations; `llmjax` is what ships."""
-    shipped = configs.prefill_config(d=shape.d, dv=shape.d, num_sms=num_sms)
+    shipped = configs.prefill_config(
+        d=shape.d, dv=shape.d, num_sms=num_sms, stored=shape.dtype.itemsize
+    )
     yield "llmjax", _ours(shape, shipped)
     for config in CANDIDATES if tune and shape in TUNED else ():
         yield f"llmjax, {config.kv_block} x {config.stages}", _ours(shape, config)
@@ -135,7 +150,7 @@ def compile_all(folder: Path) -> dict[tuple[int, str], jax.stages.Compiled | Exc
     others: dict[tuple[int, str], timing.Job] = {}
     for index, shape in enumerate(SHAPES):
         # Pages make no difference to those who know none, and only ours masks what is cached.
-        if shape.page == 64 and not shape.cached and not shape.window:
+        if shape.page == 64 and not (shape.cached or shape.window or shape.float8):
             others[index, "cuDNN"] = partial(_compile_padded, shape, _cudnn)
             if len(set(shape.queries)) == 1:
                 others[index, "JAX attention_mgpu"] = partial(
@@ -205,7 +220,8 @@ def _paged_case(shape: Shape, dtype) -> tuple:
     table = random_table(np.random.default_rng(), pages.shape[1], *table.shape)
     start = np.concatenate([[0], np.cumsum(shape.queries)])
     ragged = (jnp.asarray(numbers, jnp.int32) for numbers in (start, shape.lengths))
-    return _random(q.shape), _random(pages.shape), _random(pages.shape), table, *ragged
+    keys, values = (_random(pages.shape).astype(pages.dtype) for _ in range(2))
+    return _random(q.shape), keys, values, table, *ragged
 
 
 def _padded_case(shape: Shape, dtype) -> tuple:

@@ -10,11 +10,15 @@ import jax.numpy as jnp
 from pallas_kernels.grouped_gemm import (
     QuantizedMatrices,
     QuantizedRows,
+    Router,
     configs,
+    few_rows_sm90,
     gather_sm90,
     mosaic_sm90,
     quantize_sm90,
     quantized_sm90,
+    route_sm90,
+    sort_sm90,
 )
 from pallas_kernels.paged_attention import decode_sm90, mla_decode_sm90, prefill_sm90
 from pallas_kernels.paged_attention.configs import decode_config, mla_config, prefill_config
@@ -27,6 +31,14 @@ HEADS = (
 )  # fmt: skip
 """Query heads, KV heads and head dimension."""
 
+ROUTERS = (
+    ("Qwen3", Router(top_k=8, normalize=True), 128),
+    ("Mixtral", Router(top_k=2, normalize=True), 8),
+    ("DeepSeek-V2", Router(top_k=6, num_groups=8, top_groups=3, group_best=1), 160),
+    ("DeepSeek-V3", Router(top_k=8, scoring="sigmoid", num_groups=8, top_groups=4), 256),
+)
+"""Name, how it chooses, and experts."""
+
 type Program = tuple[str, Callable[..., Any], tuple[Any, ...]]
 
 
@@ -38,6 +50,7 @@ def shipped_kernels() -> Iterator[Program]:
             yield _attention("prefill", heads, kv_heads, d, limited)
             if d % 32 == 0:
                 yield _attention("float8 decode", heads, kv_heads, d, limited)
+                yield _attention("float8 prefill", heads, kv_heads, d, limited)
     yield _latent_decode()
     for activation in (None, "silu", "clamped_swiglu"):
         for name, config in configs.NAMED.items():
@@ -49,7 +62,13 @@ def shipped_kernels() -> Iterator[Program]:
     rows = _shape((256, 7168))
     index = _shape((ROWS,), jnp.int32)
     yield "gather_rows", functools.partial(gather_sm90.gather_rows, num_sms=NUM_SMS), (rows, index)
+    yield _expert_rows()
     yield "quantize_rows", quantize_sm90.quantize_rows, (rows,)
+    for tokens in (1, 64, 8192):
+        for name, router, experts in ROUTERS:
+            yield _route_tokens(f"route_tokens, {name}, {tokens} tokens", router, experts, tokens)
+        sort = functools.partial(sort_sm90.sort_rows, groups=EXPERTS)
+        yield f"sort_rows, {8 * tokens} rows", sort, (_shape((8 * tokens,), jnp.int32),)
 
 
 def _shape(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
@@ -72,10 +91,27 @@ def _attention(kind: str, heads: int, kv_heads: int, d: int, limited: bool) -> P
         run = functools.partial(decode_sm90.paged_decode, **options, config=config)
         arguments = _shape((4, heads, d)), pages, pages, integer, ragged[0], ragged[2]
     else:
-        config = prefill_config(d=d, dv=d, num_sms=NUM_SMS)
+        config = prefill_config(d=d, dv=d, num_sms=NUM_SMS, stored=pages.dtype.itemsize)
         run = functools.partial(prefill_sm90.paged_prefill, **options, config=config)
         arguments = _shape((100, heads, d)), pages, pages, integer, *ragged
     name = f"{kind}, {heads}/{kv_heads} heads of {d}" + ", all options" * limited
+    return name, run, arguments
+
+
+def _expert_rows() -> Program:
+    weights = _shape((2, EXPERTS, K, N)), _shape((2, EXPERTS, N // 2, K))
+    run = functools.partial(few_rows_sm90.expert_rows, activation="silu", num_sms=NUM_SMS)
+    arguments = _shape((4, K)), _shape((4, 8), jnp.int32), *weights, _shape((), jnp.int32)
+    return "expert_rows", run, arguments
+
+
+def _route_tokens(name: str, router: Router, experts: int, tokens: int) -> Program:
+    correction = jnp.zeros(experts) if router.scoring == "sigmoid" else None
+
+    def run(logits: Any, is_real: Any) -> Any:
+        return route_sm90.route_tokens(logits, correction, is_real, router)
+
+    arguments = _shape((tokens, experts), jnp.float32), _shape((tokens,), jnp.bool_)
     return name, run, arguments
 
 

@@ -192,9 +192,13 @@ def _decode_latent(
 def _prefill(device: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> Attended:
     from pallas_kernels.paged_attention import prefill_sm90
 
-    options = _without(("k_scale", "v_scale"), options)
     q, _, v_pages, *_ = operands
-    config = prefill_config(d=q.shape[2], dv=v_pages.shape[4], num_sms=device.core_count)
+    config = prefill_config(
+        d=q.shape[2],
+        dv=v_pages.shape[4],
+        num_sms=device.core_count,
+        stored=v_pages.dtype.itemsize,
+    )
     return prefill_sm90.paged_prefill(*operands, **options, config=config)
 
 

@@ -4,7 +4,7 @@ Measured on an H200 by `python -m benchmarks.kernels --tune`, with `--op paged_a
 decode, `--op mla` and `--op prefill`.
 """
 
-from pallas_kernels.paged_attention.decode_shape import DecodeConfig, padded_values
+from pallas_kernels.paged_attention.decode_shape import REDUCED, DecodeConfig, padded_values
 from pallas_kernels.paged_attention.mla_shape import MlaConfig
 from pallas_kernels.paged_attention.prefill_shape import PrefillConfig
 
@@ -27,17 +27,26 @@ def decode_config(
     # Wide groups keep scores and sums of many heads in registers.
     while kv_block > 64 and (2 * kv_block * (d + dv) > TILE_BYTES or kv_block * columns > 4096):
         kv_block //= 2
-    operands = 2 * columns * (2 * d + dv + kv_block)
-    if stored == 1:
-        operands += 2 * kv_block * (d + dv)
-    stages = (SHARED_BYTES - operands) // (stored * kv_block * (d + dv))
-    return DecodeConfig(blocks=num_sms, kv_block=kv_block, stages=min(stages, 8))
+    # What widens float8 takes longer than what it saves of copying: two warpgroups share it.
+    computers = 2 if stored == 1 else 1
+    operands = 2 * columns * (2 * d + computers * (dv + kv_block))
+    if computers == 2:
+        operands += 4 * (columns * dv + 2 * REDUCED)
+    stages = min((SHARED_BYTES - operands) // (stored * kv_block * (d + dv)), 8)
+    return DecodeConfig(
+        blocks=num_sms,
+        kv_block=kv_block,
+        stages=stages - stages % computers,
+        computers=computers,
+    )
 
 
-def prefill_config(*, d: int, dv: int, num_sms: int) -> PrefillConfig:
-    """The configuration of a prefill step with such heads, of 2-byte elements."""
+def prefill_config(*, d: int, dv: int, num_sms: int, stored: int = 2) -> PrefillConfig:
+    """The configuration of a prefill step with such heads, with pages of `stored` bytes each."""
     kv_block = 128 if max(d, dv) <= 128 else 64
     free = PREFILL_SHARED_BYTES - 2 * 128 * (d + 128)
+    if stored == 1:
+        free -= kv_block * (d + dv)
     stages = free // (2 * kv_block * (d + dv))
     return PrefillConfig(blocks=num_sms, kv_block=kv_block, stages=min(stages, 4))
 

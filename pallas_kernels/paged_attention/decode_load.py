@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.paged_attention.decode_shape import DecodeRefs, DecodeShape
+from pallas_kernels.paged_attention.decode_shape import COPY_ROWS, DecodeRefs, DecodeShape
 from pallas_kernels.paged_attention.schedule import Schedule, Segment
 
 
@@ -18,7 +18,9 @@ def load_tiles(shape: DecodeShape, refs: DecodeRefs, schedule: Schedule, head: A
     """Copies the queries, keys and values of the block's segments to shared memory."""
     pool_start = refs.layer[0] * (shape.pages * shape.page)
     loader = _Loader(shape=shape, refs=refs, head=head, pool_start=pool_start)
-    schedule.for_each_segment(loader.load_segment, (jnp.int32(0), jnp.int32(0)))
+    no_pages = [jnp.int32(0)] * shape.copies
+    start = (jnp.int32(0), jnp.int32(0), jnp.int32(-1), no_pages)
+    schedule.for_each_segment(loader.load_segment, start)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,19 +31,29 @@ class _Loader:
     pool_start: Array
     """First row of the layer in the pool."""
 
-    def load_segment(self, carry: tuple[Array, Array], segment: Segment) -> tuple[Array, Array]:
-        """Loads a segment, after so many tiles and segments; returns how many it are then."""
-        tiles, segments = carry
+    def load_segment(self, carry: tuple[Any, ...], segment: Segment) -> tuple[Any, ...]:
+        """Loads a segment, after so many tiles and segments; returns how many it are then.
+
+        The carry ends with a row and with the pages of its first tile, which are known already.
+        """
+        tiles, segments, known_row, known_pages = carry
+        assert segment.after is not None
+        first_pages = lax.cond(
+            segment.row == known_row,
+            lambda: known_pages,
+            lambda: self._pages_of(segment, jnp.int32(0)),
+        )
         self._load_queries(segments, segment)
+        count = self.shape.tiles(segment.count)
 
         def load_tile(index: Array, pages: list[Array]) -> list[Array]:
             # The next page numbers are on their way while this tile waits for its slot.
-            next_pages = self._pages_of(segment, jnp.minimum(index + 1, segment.count - 1))
+            next_pages = self._pages_of(segment, index + 1, index + 1 == count)
             self._load_tile(tiles + index, segment, self._start_of(segment, index), pages)
             return next_pages
 
-        lax.fori_loop(0, segment.count, load_tile, self._pages_of(segment, jnp.int32(0)))
-        return tiles + segment.count, segments + 1
+        next_pages = lax.fori_loop(0, count, load_tile, first_pages)
+        return tiles + count, segments + 1, segment.after.row, next_pages
 
     def _load_queries(self, segments: Array, segment: Segment) -> None:
         shape, refs = self.shape, self.refs
@@ -75,40 +87,61 @@ class _Loader:
 
             columns = pl.ds(self.head * features, copied)
             for i, (row, visible) in enumerate(self._copies_of(segment, start, pages)):
-                part = pl.ds(i * shape.copy_rows, shape.copy_rows)
-                copy = functools.partial(
-                    plgpu.copy_gmem_to_smem,
+                self._copy(
+                    visible,
                     source.at[pl.ds(row, shape.copy_rows), columns],
-                    target.at[slot].at[part],
+                    target.at[slot].at[pl.ds(i * shape.copy_rows, shape.copy_rows)],
                     full.at[slot],
                 )
-                # What is not copied is masked, and its values cleared.
-                lax.cond(visible, copy, functools.partial(plgpu.barrier_arrive, full.at[slot]))
+
+    def _copy(self, visible: Array, source: Any, target: Any, full: Any) -> None:
+        """Copies positions, so many of which are visible; others are masked and cleared."""
+        half = self.shape.copy_rows // 2
+        arrive = functools.partial(plgpu.barrier_arrive, full)
+        if 2 * half < COPY_ROWS:
+            copy = functools.partial(plgpu.copy_gmem_to_smem, source, target, full)
+            lax.cond(visible > 0, copy, arrive)
+            return
+
+        def copy_part() -> None:
+            rows = pl.ds(0, half)
+            copy = functools.partial(
+                plgpu.copy_gmem_to_smem, source.at[rows], target.at[rows], full
+            )
+            lax.cond(visible > 0, copy, arrive)
+
+        copy_all = functools.partial(plgpu.copy_gmem_to_smem, source, target, full)
+        lax.cond(visible > half, copy_all, copy_part)
 
     def _start_of(self, segment: Segment, index: Array) -> Array:
         """Returns the first position of a segment's tile."""
-        kv_block = jnp.int32(self.shape.config.kv_block)
-        return (lax.div(segment.low, kv_block) + segment.first + index) * kv_block
+        return segment.begin(self.shape.copy_rows) + index * self.shape.config.kv_block
 
-    def _pages_of(self, segment: Segment, index: Array) -> list[Array]:
-        """Returns the pages of a tile. Past the row's end, any: they are not read."""
-        kv_block, page = self.shape.config.kv_block, jnp.int32(self.shape.page)
-        start, last = self._start_of(segment, index), lax.div(segment.length - 1, page)
-        offsets = range(0, kv_block, min(self.shape.page, kv_block))
-        columns = [jnp.minimum(lax.div(start + offset, page), last) for offset in offsets]
-        return [self.refs.page_table[segment.row, column] for column in columns]
+    def _pages_of(
+        self, segment: Segment, index: Array, is_after: Array | bool = False
+    ) -> list[Array]:
+        """Returns the page of each copy of a tile, or of the first tile of the segment after.
+
+        Past the row's end it is any: they are not read.
+        """
+        shape, page, after = self.shape, jnp.int32(self.shape.page), segment.after
+        row, start, length = segment.row, self._start_of(segment, index), segment.length
+        if after is not None:
+            row = jnp.where(is_after, after.row, row)
+            start = jnp.where(is_after, self._start_of(after, jnp.int32(0)), start)
+            length = jnp.where(is_after, after.length, length)
+        last = lax.div(length - 1, page)
+        columns = [lax.div(start + i * shape.copy_rows, page) for i in range(shape.copies)]
+        return [self.refs.page_table[row, jnp.minimum(c, last)] for c in columns]
 
     def _copies_of(
         self, segment: Segment, start: Array, pages: list[Array]
     ) -> list[tuple[Array, Array]]:
-        """Returns where in the pool each copy of a tile begins, and whether the query sees it."""
+        """Returns where in the pool each copy of a tile begins, and how much of it is visible."""
         shape, copies = self.shape, []
-        for i in range(shape.copies):
+        end = segment.end(shape.copy_rows)
+        for i, page in enumerate(pages):
             position = start + i * shape.copy_rows
-            row = self.pool_start + pages[i * len(pages) // shape.copies] * shape.page
-            row = row + lax.rem(position, jnp.int32(shape.page))
-            visible = position < segment.length
-            if shape.limited:
-                visible = visible & (position + shape.copy_rows > segment.low)
-            copies.append((pl.multiple_of(row, shape.copy_rows), visible))
+            row = self.pool_start + page * shape.page + lax.rem(position, jnp.int32(shape.page))
+            copies.append((pl.multiple_of(row, shape.copy_rows), end - position))
         return copies

@@ -3,12 +3,17 @@
 import dataclasses
 from typing import Any
 
+from jax import lax
+from jaxtyping import Array
+
 from pallas_kernels.paged_attention.swizzle import swizzled_features
 
 VALUE_ROWS = 64
 """Value features of a product at least, and what it takes multiples of: the height of wgmma."""
-COPY_ROWS = 32
-"""Positions of one copy: a tile that reaches past a row's end costs no more than these."""
+REDUCED = 256
+"""Numbers that the warps of a warpgroup exchange to reduce rows: two a thread."""
+COPY_ROWS = 64
+"""Positions of one copy at most. What reaches past a row's end is copied by halves."""
 
 
 def padded_values(dv: int) -> int:
@@ -26,10 +31,16 @@ class DecodeConfig:
     """Positions of a tile."""
     stages: int = 3
     """Tiles that a block holds in shared memory."""
+    computers: int = 1
+    """Warpgroups that compute, on every other tile each where there are two."""
     min_tiles: int = 1
-    """Tiles of a share at least: fewer shares leave less to merge."""
+    """Tiles of a share at least: fewer shares leave less to merge. What a share has beyond is a
+    multiple of the positions of a copy, not of a tile."""
     merge_registers: int = 128
     """Registers of a thread for the parts of a row that are read at once when it is merged."""
+    inlined: bool = True
+    """Whether float8 is multiplied from registers and two warpgroups reduce apart, in code that
+    the interpreter does not know."""
     synchronize: bool = True
     """Whether blocks wait for each other: the interpreter cannot, but runs them in turn."""
 
@@ -57,8 +68,13 @@ class DecodeShape:
 
     @property
     def narrow(self) -> bool:
-        """Whether pages hold float8, which is turned into the queries' type to be multiplied."""
+        """Whether pages hold float8, which is turned into float16 to be multiplied."""
         return self.stored == 1
+
+    @property
+    def from_registers(self) -> bool:
+        """Whether keys and values are multiplied from registers."""
+        return self.narrow and self.config.inlined
 
     @property
     def columns(self) -> int:
@@ -79,6 +95,11 @@ class DecodeShape:
         return swizzled_features(self.dv)
 
     @property
+    def stored_swizzle(self) -> int:
+        """Features that the swizzle of a tile of values spans, as they lie in the pages."""
+        return swizzled_features(self.dv, self.stored)
+
+    @property
     def shares(self) -> int:
         return max(1, self.config.blocks // self.kv_heads)
 
@@ -91,6 +112,10 @@ class DecodeShape:
     def copies(self) -> int:
         """Copies that fill a tile."""
         return self.config.kv_block // self.copy_rows
+
+    def tiles(self, copies: Array) -> Array:
+        """Returns the tiles that so many copies make."""
+        return lax.div(copies + (self.copies - 1), lax.full_like(copies, self.copies))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,14 +144,29 @@ class DecodeRefs:
     k_shared: Any
     v_shared: Any
     k_wide: Any = None
-    """Keys of the tile that is computed, of the queries' type, where pages hold float8."""
+    """Keys of the tile that is computed, in float16, where pages hold float8 and it matters."""
     v_wide: Any = None
     weights_shared: Any
     """Weights of a tile, [columns, positions]: wgmma takes its right side from shared memory."""
     out_shared: Any
+    reduced: Any = None
+    """Where the warps of a warpgroup meet, if two of them compute."""
+    handed_sums: Any = None
+    """What one warpgroup hands to the one that has the last tile of a segment."""
+    handed_highest: Any = None
+    handed_totals: Any = None
+    handed_full: Any = None
+    handed_free: Any = None
     q_full: Any
     q_free: Any
     k_full: Any
     k_free: Any
     v_full: Any
     v_free: Any
+
+    def of_warpgroup(self, index: Array) -> "DecodeRefs":
+        """Returns the references as a warpgroup that computes uses them."""
+        names = ("k_wide", "v_wide", "weights_shared", "out_shared", "reduced")
+        every = {name: getattr(self, name) for name in names}
+        own = {name: ref.at[index] for name, ref in every.items() if ref is not None}
+        return dataclasses.replace(self, **own)

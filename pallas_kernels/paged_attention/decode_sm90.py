@@ -20,21 +20,32 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_attention.decode_load import load_tiles
-from pallas_kernels.paged_attention.decode_shape import DecodeConfig, DecodeRefs, DecodeShape
+from pallas_kernels.paged_attention.decode_shape import (
+    REDUCED,
+    DecodeConfig,
+    DecodeRefs,
+    DecodeShape,
+)
 from pallas_kernels.paged_attention.decode_softmax import (
+    Softmax,
     attend,
     full,
+    hand_over,
     merge,
     save,
     store,
+    take_over,
     write,
     write_out,
 )
+from pallas_kernels.paged_attention.float8 import as_wide, pack_scales
 from pallas_kernels.paged_attention.limits import pack_limits
 from pallas_kernels.paged_attention.schedule import Schedule, Segment, plan_share
 from pallas_kernels.paged_attention.swizzle import NARROWEST, swizzled_features
 from pallas_kernels.paged_attention.tiles import tiled
 
+LOAD_REGISTERS, COMPUTE_REGISTERS = 56, 224
+"""Registers of a thread where two warpgroups compute: of the 504 that three start with."""
 MAX_GROUP = 64
 """Query heads of a KV head: more would not fit in registers."""
 
@@ -107,9 +118,9 @@ def paged_decode(
         sinks = sinks.astype(jnp.float32).reshape(kv_heads, group)
         operands["sinks"] = jnp.pad(sinks, ((0, 0), (0, columns - group)))
     if shape.narrow:
-        scales = [1.0 if scale is None else scale for scale in (k_scale, v_scale)]
-        operands["scales"] = jnp.stack([jnp.asarray(scale, jnp.float32) for scale in scales])
-    out, lse = _launch(shape, operands, interpret)
+        operands["q"] = as_wide(queries)
+        operands["scales"] = pack_scales(k_scale, v_scale)
+    out, lse = _launch(shape, operands, q.dtype, interpret)
     return out[..., :dv].reshape(rows, heads, dv), lse[:, :group].reshape(rows, heads)
 
 
@@ -139,18 +150,23 @@ def _check(shape: DecodeShape, q: Array, k_pages: Array, v_pages: Array) -> None
         ),
         f"a pool of {pool} positions in all layers; it takes fewer than 2^31": pool >= 2**31,
         f"{config.stages} stages; it needs 2 to load ahead": config.stages < 2,
+        f"{config.stages} stages for {config.computers} warpgroups; it takes multiples": (
+            config.stages % config.computers != 0
+        ),
     }
     for problem, present in problems.items():
         if present:
             raise NotImplementedError(f"paged decode on Hopper does not cover {problem}")
 
 
-def _launch(shape: DecodeShape, operands: dict[str, Array], interpret: Any) -> tuple[Array, Array]:
+def _launch(
+    shape: DecodeShape, operands: dict[str, Array], out_dtype: Any, interpret: Any
+) -> tuple[Array, Array]:
     config, dtype = shape.config, operands["q"].dtype
     blocks, columns = shape.shares * shape.kv_heads, shape.columns
     wide, slots = jnp.float32, shape.rows * shape.kv_heads
     results = {
-        "out": jax.ShapeDtypeStruct((slots, shape.group, shape.value_rows), dtype),
+        "out": jax.ShapeDtypeStruct((slots, shape.group, shape.value_rows), out_dtype),
         "lse": jax.ShapeDtypeStruct((slots, columns), wide),
         "sums": jax.ShapeDtypeStruct((blocks, shape.value_rows, columns), wide),
         "highest": jax.ShapeDtypeStruct((blocks, columns), wide),
@@ -169,28 +185,37 @@ def _launch(shape: DecodeShape, operands: dict[str, Array], interpret: Any) -> t
         "v_shared": tiled(
             (stages, kv_block, shape.value_rows),
             operands["v_pages"].dtype,
-            swizzle=swizzled_features(shape.dv, shape.stored),
+            swizzle=shape.stored_swizzle,
         ),
         # Both sides of a product are swizzled alike.
-        "weights_shared": value_tiles((columns, kv_block)),
-        "out_shared": plgpu.SMEM((columns, shape.value_rows), dtype),
+        "weights_shared": value_tiles((config.computers, columns, kv_block)),
+        "out_shared": plgpu.SMEM((config.computers, columns, shape.value_rows), out_dtype),
         "q_full": plgpu.Barrier(num_barriers=2),
-        "q_free": plgpu.Barrier(num_barriers=2),
+        "q_free": plgpu.Barrier(num_barriers=2, num_arrivals=config.computers),
         "k_full": plgpu.Barrier(num_barriers=stages, num_arrivals=shape.copies),
         "k_free": plgpu.Barrier(num_barriers=stages),
         "v_full": plgpu.Barrier(num_barriers=stages, num_arrivals=shape.copies),
         "v_free": plgpu.Barrier(num_barriers=stages),
     }
-    if shape.narrow:
-        scratch["k_wide"] = key_tiles((kv_block, shape.d))
-        scratch["v_wide"] = value_tiles((kv_block, shape.value_rows))
+    if shape.narrow and not shape.from_registers:
+        scratch["k_wide"] = key_tiles((config.computers, kv_block, shape.d))
+        scratch["v_wide"] = value_tiles((config.computers, kv_block, shape.value_rows))
+    if config.computers == 2:
+        scratch |= {
+            "reduced": plgpu.SMEM((2, REDUCED), wide),
+            "handed_sums": plgpu.SMEM((shape.value_rows, columns), wide),
+            "handed_highest": plgpu.SMEM((columns,), wide),
+            "handed_totals": plgpu.SMEM((columns,), wide),
+            "handed_full": plgpu.Barrier(),
+            "handed_free": plgpu.Barrier(),
+        }
     out, lse, *_ = plgpu.kernel(
         functools.partial(_decode_kernel, shape, (*operands, *results, *scratch)),
         out_type=tuple(results.values()),
         scratch_types=list(scratch.values()),
         grid=(blocks,),
         grid_names=("block",),
-        num_threads=2,
+        num_threads=config.computers + 1,
         thread_name="warpgroup",
         kernel_name="paged_decode",
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -210,9 +235,9 @@ def _decode_kernel(shape: DecodeShape, names: tuple[str, ...], *all_refs: Any) -
         share,
         shape.shares,
         rows=shape.rows,
-        tile=config.kv_block,
+        tile=shape.copy_rows,
         at_once=64,
-        min_tiles=config.min_tiles,
+        min_tiles=config.min_tiles * shape.copies,
         lengths=refs.lengths,
         limits=refs.limits,
         lows=refs.lows,
@@ -221,21 +246,40 @@ def _decode_kernel(shape: DecodeShape, names: tuple[str, ...], *all_refs: Any) -
     if config.synchronize:
         saved = pl.get_global(plgpu.SemaphoreType.REGULAR((shape.shares * shape.kv_heads,)))
 
-    @pl.when(lax.axis_index("warpgroup") == 1)
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup == config.computers)
     def _():
+        if config.computers == 2:
+            plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
         load_tiles(shape, refs, schedule, head)
 
-    @pl.when(lax.axis_index("warpgroup") == 0)
+    @pl.when(warpgroup < config.computers)
     def _():
-        _clear_unused(shape, refs, share, head)
-        _compute_segments(shape, refs, schedule, share, head, saved)
+        if config.computers == 2:
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        own = refs.of_warpgroup(warpgroup)
+
+        @pl.when(warpgroup == 0)
+        def _():
+            _clear_unused(shape, own, share, head)
+
+        _compute_segments(shape, own, schedule, warpgroup, share, head, saved)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _compute_segments(
-    shape: DecodeShape, refs: DecodeRefs, schedule: Schedule, share: Array, head: Array, saved: Any
+    shape: DecodeShape,
+    refs: DecodeRefs,
+    schedule: Schedule,
+    warpgroup: Array,
+    share: Array,
+    head: Array,
+    saved: Any,
 ) -> None:
     """Computes the block's segments: rows that end in it are written, a part of another is saved.
+
+    Where two warpgroups compute, the one that has the last tile of a segment does that.
 
     It waits for earlier blocks only, which the chip starts first, so that no order can deadlock.
     """
@@ -243,12 +287,7 @@ def _compute_segments(
     def block_of(other: Array) -> Array:
         return other * shape.kv_heads + head
 
-    def compute_segment(carry: tuple[Array, Array], segment: Segment) -> tuple[Array, Array]:
-        tiles, segments = carry
-        q_slot = lax.rem(segments, 2)
-        plgpu.barrier_wait(refs.q_full.at[q_slot])
-        part = attend(shape, refs, segment, tiles, refs.q_shared.at[q_slot])
-        plgpu.barrier_arrive(refs.q_free.at[q_slot])
+    def finish_segment(segment: Segment, part: Softmax) -> None:
         index = segment.row * shape.kv_heads + head
 
         @pl.when(segment.ends & segment.starts)
@@ -270,9 +309,33 @@ def _compute_segments(
                 last_share = lax.div(segment.base + segment.tiles - 1, schedule.size)
                 plgpu.semaphore_signal(saved.at[block_of(last_share)], memory_scope="gpu")
 
-        return tiles + segment.count, segments + 1
+    def compute_segment(carry: tuple[Array, ...], segment: Segment) -> tuple[Array, ...]:
+        tiles, segments, handed = carry
+        q_slot = lax.rem(segments, 2)
+        plgpu.barrier_wait(refs.q_full.at[q_slot])
+        queries = refs.q_shared.at[q_slot]
+        count = shape.tiles(segment.count)
+        if shape.config.computers == 1:
+            part = attend(shape, refs, segment, tiles, queries)
+            plgpu.barrier_arrive(refs.q_free.at[q_slot])
+            finish_segment(segment, part)
+        else:
+            first = lax.rem(tiles + warpgroup, 2)
+            part = attend(shape, refs, segment, tiles, queries, first=first)
+            plgpu.barrier_arrive(refs.q_free.at[q_slot])
+            is_last = lax.rem(tiles + count - 1 + warpgroup, 2) == 0
+            shared = count > 1
+            hand_over(refs, part, shared, is_last, handed)
 
-    schedule.for_each_segment(compute_segment, (jnp.int32(0), jnp.int32(0)))
+            @pl.when(is_last)
+            def _():
+                whole = take_over(shape, refs, part, shared)
+                finish_segment(segment, whole)
+
+            handed += shared.astype(jnp.int32)
+        return tiles + count, segments + 1, handed
+
+    schedule.for_each_segment(compute_segment, (jnp.int32(0),) * 3)
 
 
 def _clear_unused(shape: DecodeShape, refs: DecodeRefs, share: Array, head: Array) -> None:

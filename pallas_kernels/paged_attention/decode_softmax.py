@@ -15,6 +15,12 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.paged_attention.decode_shape import DecodeRefs, DecodeShape
+from pallas_kernels.paged_attention.decode_widen import (
+    in_order,
+    reduce_rows,
+    widen_keys,
+    widen_values,
+)
 from pallas_kernels.paged_attention.schedule import Segment
 
 LOG2_E = math.log2(math.e)
@@ -46,10 +52,14 @@ def _wgmma(value: Array) -> Array:
 
 def store(ref: Any, value: Array) -> None:
     """Stores registers as they lie: JAX 0.12 wants to be told that this may be slow."""
+    store_registers(ref, _wgmma(value))
+
+
+def store_registers(ref: Any, value: Array) -> None:
     if hasattr(plgpu, "store"):
-        plgpu.store(ref, _wgmma(value), optimized=False)
+        plgpu.store(ref, value, optimized=False)
     else:
-        ref[...] = _wgmma(value)
+        ref[...] = value
 
 
 def full(shape: tuple[int, ...], value: float, dtype: Any = jnp.float32) -> Array:
@@ -57,25 +67,38 @@ def full(shape: tuple[int, ...], value: float, dtype: Any = jnp.float32) -> Arra
 
 
 def attend(
-    shape: DecodeShape, refs: DecodeRefs, segment: Segment, tiles: Array, queries: Any
+    shape: DecodeShape,
+    refs: DecodeRefs,
+    segment: Segment,
+    tiles: Array,
+    queries: Any,
+    *,
+    first: Array | int = 0,
 ) -> Softmax:
-    """Computes attention of one row and KV head over the tiles of a segment."""
+    """Computes attention of one row and KV head over the tiles of a segment.
+
+    Where two warpgroups compute, it is every other tile from `first` on.
+    """
     kv_block, columns, dv = shape.config.kv_block, shape.columns, shape.value_rows
     weights_shared = refs.weights_shared.transpose((1, 0))
     k_scale = 1.0 if refs.scales is None else refs.scales[0]
-    first_tile = lax.div(segment.low, jnp.int32(kv_block)) + segment.first
+    begin, end = (place(shape.copy_rows) for place in (segment.begin, segment.end))
 
-    def one_tile(index: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def one_tile(turn: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         sums, highest, totals = carry
+        index = first + turn * shape.config.computers
         slot = lax.rem(tiles + index, jnp.int32(shape.config.stages))
-        start = (first_tile + index) * kv_block
+        start = begin + index * kv_block
         plgpu.barrier_wait(refs.k_full.at[slot])
         keys = refs.k_shared.at[slot]
-        if shape.narrow:
+        if shape.from_registers:
+            keys = widen_keys(keys)
+        elif shape.narrow:
             _widen(keys, refs.k_wide)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(refs.k_free.at[slot])
             keys = refs.k_wide
+        if shape.narrow:
+            plgpu.barrier_arrive(refs.k_free.at[slot])
 
         def multiply_keys(product: Any) -> Array:
             plgpu.wgmma(product, keys, queries.transpose((1, 0)))
@@ -86,10 +109,10 @@ def attend(
         )
         if not shape.narrow:
             plgpu.barrier_arrive(refs.k_free.at[slot])
-        visible = _visible(shape, segment, start, product.shape)
+        visible = _visible(shape, segment.low - start, end - start, product.shape)
         scores = jnp.where(visible, _scale(shape, product, k_scale), -jnp.inf)
 
-        new_highest = _wgmma(jnp.maximum(highest, scores.max(axis=0)))
+        new_highest = _wgmma(jnp.maximum(highest, _reduce(shape, refs, "max", scores)))
         weights = _wgmma(jnp.exp2(scores - _across(new_highest, kv_block)))
         keep = jnp.exp2(highest - new_highest)
         totals = _wgmma(totals * _across(keep, kv_block) + weights)
@@ -97,24 +120,31 @@ def attend(
 
         plgpu.barrier_wait(refs.v_full.at[slot])
         values = refs.v_shared.at[slot]
-        if shape.narrow:
+        if shape.narrow and not shape.from_registers:
             _widen(values, refs.v_wide)
             values = refs.v_wide
 
-        partly_hidden = start + kv_block > segment.length
-        if shape.limited:
-            partly_hidden = partly_hidden | (start < segment.low)
+        if shape.from_registers:
+            transposed = widen_values(
+                values, segment.low - start, end - start, swizzle=shape.stored_swizzle
+            )
+        else:
+            partly_hidden = start + kv_block > end
+            if shape.limited:
+                partly_hidden = partly_hidden | (start < segment.low)
 
-        @pl.when(partly_hidden)
-        def _():
-            _clear_hidden(shape, values, segment, start)
+            @pl.when(partly_hidden)
+            def _():
+                _clear_hidden(shape, values, segment.low - start, end - start)
+
+            transposed = values.transpose((1, 0))
 
         plgpu.commit_smem()
         if shape.narrow:
             plgpu.barrier_arrive(refs.v_free.at[slot])
 
         def multiply_values(product: Any) -> Array:
-            plgpu.wgmma(product, values.transpose((1, 0)), weights_shared)
+            plgpu.wgmma(product, transposed, weights_shared)
             return _wgmma(product[...])
 
         product = pl.run_scoped(
@@ -130,8 +160,60 @@ def attend(
         full((columns,), -jnp.inf),
         full((kv_block, columns), 0.0),
     )
-    sums, highest, totals = lax.fori_loop(0, segment.count, one_tile, start)
-    return Softmax(sums, highest, _wgmma(totals.sum(axis=0)))
+    turns = pl.cdiv(shape.tiles(segment.count) - first, jnp.int32(shape.config.computers))
+    sums, highest, totals = lax.fori_loop(0, turns, one_tile, start)
+    return Softmax(sums, highest, _wgmma(_reduce(shape, refs, "add", totals)))
+
+
+def _reduce(shape: DecodeShape, refs: DecodeRefs, kind: str, array: Array) -> Array:
+    """Reduces an array along its rows."""
+    if shape.config.computers == 2 and shape.config.inlined:
+        return reduce_rows(kind, array, refs.reduced)
+    return array.max(axis=0) if kind == "max" else array.sum(axis=0)
+
+
+def hand_over(
+    refs: DecodeRefs,
+    part: Softmax,
+    shared: Array,
+    is_last: Array,
+    handed: Array,
+) -> None:
+    """Gives the part of a segment that is shared to the warpgroup that has its last tile.
+
+    Both warpgroups wait for everything that is handed over or taken, or they would lose count.
+    """
+
+    @pl.when(shared & (handed > 0))
+    def _():
+        plgpu.barrier_wait(refs.handed_free)
+
+    @pl.when(shared & jnp.logical_not(is_last))
+    def _():
+        store(refs.handed_sums, part.sums)
+        store(refs.handed_highest, part.highest)
+        store(refs.handed_totals, part.total)
+        plgpu.barrier_arrive(refs.handed_full)
+
+    @pl.when(shared)
+    def _():
+        plgpu.barrier_wait(refs.handed_full)
+
+
+def take_over(shape: DecodeShape, refs: DecodeRefs, part: Softmax, shared: Array) -> Softmax:
+    """Returns the whole of a segment, which may be shared."""
+
+    def add_other(_: Array, part: Softmax) -> Softmax:
+        vector = plgpu.Layout.WGMMA.reduce(0)
+        other = Softmax(
+            plgpu.load(refs.handed_sums, layout=plgpu.Layout.WGMMA, optimized=False),
+            plgpu.load(refs.handed_highest, layout=vector, optimized=False),
+            plgpu.load(refs.handed_totals, layout=vector, optimized=False),
+        )
+        plgpu.barrier_arrive(refs.handed_free)
+        return _combine(shape, part, other)
+
+    return lax.fori_loop(0, shared.astype(jnp.int32), add_other, part)
 
 
 def _widen(narrow: Any, wide: Any) -> None:
@@ -142,8 +224,6 @@ def _widen(narrow: Any, wide: Any) -> None:
         tile = plgpu.load(narrow.at[rows], layout=plgpu.Layout.WGMMA_UPCAST_2X, optimized=False)
         # The chip turns float8 into float16 only, which holds all of it.
         tile = tile.astype(jnp.float16)
-        if wide.dtype != tile.dtype:
-            tile = tile.astype(jnp.float32).astype(wide.dtype)
         wide[rows, :] = _wgmma(tile)
 
 
@@ -157,20 +237,18 @@ def _scale(shape: DecodeShape, product: Array, k_scale: Array | float) -> Array:
     return (shape.soft_cap * LOG2_E) * (1.0 - 2.0 / (1.0 + power))
 
 
-def _visible(
-    shape: DecodeShape, segment: Segment, start: Array, tile_shape: tuple[int, int]
-) -> Array:
-    """Returns which positions of the tile at `start`, its rows, the query sees."""
+def _visible(shape: DecodeShape, low: Array, end: Array, tile_shape: tuple[int, int]) -> Array:
+    """Returns which positions of a tile, its rows, are in the segment and seen by the query."""
     position = plgpu.broadcasted_iota(jnp.int32, tile_shape, 0, layout=plgpu.Layout.WGMMA)
-    visible = position < segment.length - start
+    visible = position < end
     if shape.limited:
-        visible = visible & (position >= segment.low - start)
+        visible = visible & (position >= low)
     return visible
 
 
-def _clear_hidden(shape: DecodeShape, values: Any, segment: Segment, start: Array) -> None:
+def _clear_hidden(shape: DecodeShape, values: Any, low: Array, end: Array) -> None:
     """Clears values that the query does not see: a weight of 0 would keep a NaN among them."""
-    visible = _visible(shape, segment, start, values.shape)
+    visible = _visible(shape, low, end, values.shape)
     tile = _wgmma(values[...])
     values[...] = jnp.where(visible, tile, jnp.zeros((), tile.dtype))
 
@@ -194,7 +272,10 @@ def write(shape: DecodeShape, refs: DecodeRefs, index: Array, done: Softmax) -> 
 
 def write_out(shape: DecodeShape, refs: DecodeRefs, index: Array, out: Array) -> None:
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    store(refs.out_shared.transpose((1, 0)), out)
+    if shape.from_registers:
+        store_registers(refs.out_shared.transpose((1, 0)), in_order(out))
+    else:
+        store(refs.out_shared.transpose((1, 0)), out)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(refs.out_shared.at[pl.ds(0, shape.group)], refs.out.at[index])
 

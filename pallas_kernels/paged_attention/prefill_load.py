@@ -20,6 +20,9 @@ from pallas_kernels.paged_attention.prefill_shape import (
 from pallas_kernels.paged_attention.prefill_store import eight_rows, store_registers
 from pallas_kernels.paged_attention.prefill_walk import Item, for_each_item
 
+AT_ONCE = 4
+"""Eight rows of a tile that are in registers at once when it is rewritten."""
+
 
 def load_items(shape: PrefillShape, refs: PrefillRefs) -> None:
     """Copies the queries, keys and values of the block's items to shared memory."""
@@ -42,48 +45,103 @@ class _Loader:
             self._load_tile(item, index, pages)
             return next_pages
 
+        def widen_tile(index: Array, pages: list[Array]) -> list[Array]:
+            # One tile waits to be widened, the pages of the next are known.
+            next_pages = self._pages_of(item, jnp.minimum(index + 2, item.tile.kv_tiles - 1))
+            self._widen_tile(item, index, pages)
+            return next_pages
+
         @pl.when(item.tile.kv_tiles > 0)
         def _():
-            first_pages = self._pages_of(item, jnp.int32(0))
-            lax.fori_loop(0, item.tile.kv_tiles, load_tile, first_pages)
+            first = jnp.int32(0)
+            pages = self._pages_of(item, first)
+            if self.shape.narrow:
+                next_pages = self._pages_of(item, jnp.minimum(first + 1, item.tile.kv_tiles - 1))
+                self._copy_keys(item, first, pages, self.refs.k_narrow, self.refs.k_landed)
+                self._copy_values(item, first, pages, self.refs.v_narrow, self.refs.v_landed)
+                lax.fori_loop(0, item.tile.kv_tiles, widen_tile, next_pages)
+            else:
+                lax.fori_loop(0, item.tile.kv_tiles, load_tile, pages)
 
     def _load_tile(self, item: Item, index: Array, pages: list[Array]) -> None:
         shape, refs = self.shape, self.refs
         step = item.steps + index
         slot = lax.rem(step, jnp.int32(shape.config.stages))
-        start = item.tile.kv_begin + index * shape.config.kv_block
-        copy_keys = functools.partial(
-            self._copy_tile, item, start, pages, refs.k_pages, refs.k_shared.at[slot], shape.d
-        )
-        copy_values = functools.partial(
-            self._copy_tile, item, start, pages, refs.v_pages, refs.v_shared.at[slot], shape.dv
-        )
-
-        @pl.when(step >= shape.config.stages)
-        def _():
-            plgpu.barrier_wait(refs.k_free.at[slot])
-
-        copy_keys(refs.k_full.at[slot])
+        self._wait_for(refs.k_free, step)
+        self._copy_keys(item, index, pages, refs.k_shared.at[slot], refs.k_full.at[slot])
 
         @pl.when(index == 0)
         def _():
             self._load_queries(item)
 
-        @pl.when(step >= shape.config.stages)
-        def _():
-            plgpu.barrier_wait(refs.v_free.at[slot])
+        self._wait_for(refs.v_free, step)
+        copy_values = functools.partial(
+            self._copy_values, item, index, pages, refs.v_shared.at[slot]
+        )
 
         def copy_and_clear() -> None:
             copy_values(refs.v_landed)
             plgpu.barrier_wait(refs.v_landed)
-            self._clear(refs.v_shared.at[slot], item.tile.length - start)
+            self._clear(refs.v_shared.at[slot], self._visible(item, index))
             for _ in range(shape.copies):
                 plgpu.barrier_arrive(refs.v_full.at[slot])
 
-        partly_hidden = start + shape.config.kv_block > item.tile.length
+        partly_hidden = self._visible(item, index) < shape.config.kv_block
         lax.cond(
             partly_hidden, copy_and_clear, functools.partial(copy_values, refs.v_full.at[slot])
         )
+
+    def _widen_tile(self, item: Item, index: Array, pages: list[Array]) -> None:
+        """Turns a tile of float8 into float16, and copies the next one, from `pages`, meanwhile."""
+        shape, refs = self.shape, self.refs
+        step = item.steps + index
+        slot = lax.rem(step, jnp.int32(shape.config.stages))
+        following = index + 1
+        has_next = following < item.tile.kv_tiles
+        plgpu.barrier_wait(refs.k_landed)
+        self._wait_for(refs.k_free, step)
+        _rewrite(refs.k_narrow, refs.k_shared.at[slot], shape.stored_swizzle(shape.d))
+        plgpu.barrier_arrive(refs.k_full.at[slot])
+
+        @pl.when(has_next)
+        def _():
+            self._copy_keys(item, following, pages, refs.k_narrow, refs.k_landed)
+
+        @pl.when(index == 0)
+        def _():
+            self._load_queries(item)
+
+        plgpu.barrier_wait(refs.v_landed)
+        self._wait_for(refs.v_free, step)
+        visible = self._visible(item, index)
+        _rewrite(refs.v_narrow, refs.v_shared.at[slot], shape.stored_swizzle(shape.dv), end=visible)
+        plgpu.barrier_arrive(refs.v_full.at[slot])
+
+        @pl.when(has_next)
+        def _():
+            self._copy_values(item, following, pages, refs.v_narrow, refs.v_landed)
+
+    def _wait_for(self, free: Any, step: Array) -> None:
+        """Waits until the place of a tile is free."""
+        stages = self.shape.config.stages
+
+        @pl.when(step >= stages)
+        def _():
+            plgpu.barrier_wait(free.at[lax.rem(step, jnp.int32(stages))])
+
+    def _visible(self, item: Item, index: Array) -> Array:
+        """Returns how many positions there are from a tile's first to the end of the row."""
+        return item.tile.length - item.tile.kv_begin - index * self.shape.config.kv_block
+
+    def _copy_keys(
+        self, item: Item, index: Array, pages: list[Array], target: Any, full: Any
+    ) -> None:
+        self._copy_tile(item, index, pages, self.refs.k_pages, target, self.shape.d, full)
+
+    def _copy_values(
+        self, item: Item, index: Array, pages: list[Array], target: Any, full: Any
+    ) -> None:
+        self._copy_tile(item, index, pages, self.refs.v_pages, target, self.shape.dv, full)
 
     def _load_queries(self, item: Item) -> None:
         shape, refs = self.shape, self.refs
@@ -104,7 +162,7 @@ class _Loader:
     def _copy_tile(
         self,
         item: Item,
-        start: Array,
+        index: Array,
         pages: list[Array],
         source: Any,
         target: Any,
@@ -114,6 +172,7 @@ class _Loader:
         """Copies the pages of a tile. Past the row's end nothing is read."""
         shape = self.shape
         columns = pl.ds(item.kv_head(shape) * features, features)
+        start = item.tile.kv_begin + index * shape.config.kv_block
         for i, page in enumerate(pages):
             position = start + i * shape.copy_rows
             row = self.pool_start + page * shape.page + lax.rem(position, jnp.int32(shape.page))
@@ -138,19 +197,39 @@ class _Loader:
 
     def _clear(self, values: Any, first: Array) -> None:
         """Clears values from row `first` on: a weight of 0 would keep a NaN among them."""
-        chunk = self.shape.chunk
-        layout = eight_rows(chunk)
+        begin = lax.div(first, jnp.int32(TOKEN_ALIGNMENT * AT_ONCE))
+        _rewrite(values, values, self.shape.chunk, begin=begin, end=first)
 
-        def clear_rows(block: Array, _: None) -> None:
-            begin = pl.multiple_of(block * TOKEN_ALIGNMENT, TOKEN_ALIGNMENT)
-            rows = values.at[pl.ds(begin, TOKEN_ALIGNMENT)]
-            for column in range(0, self.shape.dv, chunk):
-                part = rows.at[:, pl.ds(column, chunk)]
-                kept = plgpu.load(part, layout=layout, optimized=False)
-                row = plgpu.broadcasted_iota(jnp.int32, kept.shape, 0, layout=layout)
-                kept = jnp.where(row < first - begin, kept, jnp.zeros((), kept.dtype))
-                store_registers(part, kept)
 
-        count = jnp.int32(self.shape.config.kv_block // TOKEN_ALIGNMENT)
-        lax.fori_loop(lax.div(first, jnp.int32(TOKEN_ALIGNMENT)), count, clear_rows, None)
-        plgpu.commit_smem()
+def _rewrite(
+    source: Any, target: Any, chunk: int, *, begin: Array | int = 0, end: Array | None = None
+) -> None:
+    """Copies a tile from its part `begin` on, converts it, and clears the rows from `end` on.
+
+    So many features of a row, that a swizzle spans, are copied at once. A part is `AT_ONCE` times
+    eight rows.
+    """
+    layout, columns = eight_rows(chunk), range(0, source.shape[1], chunk)
+
+    def rewrite_rows(index: Array, _: None) -> None:
+        # What is read at once hides each other's latency.
+        eights = [(index * AT_ONCE + i) * TOKEN_ALIGNMENT for i in range(AT_ONCE)]
+        parts = [
+            (first, pl.ds(pl.multiple_of(first, TOKEN_ALIGNMENT), TOKEN_ALIGNMENT), column)
+            for first in eights
+            for column in columns
+        ]
+        kept = [
+            plgpu.load(source.at[rows, pl.ds(column, chunk)], layout=layout, optimized=False)
+            for _, rows, column in parts
+        ]
+        for (first, rows, column), part in zip(parts, kept, strict=True):
+            part = part.astype(target.dtype)
+            if end is not None:
+                row = plgpu.broadcasted_iota(jnp.int32, part.shape, 0, layout=layout)
+                part = jnp.where(row < end - first, part, jnp.zeros((), part.dtype))
+            store_registers(target.at[rows, pl.ds(column, chunk)], part)
+
+    count = source.shape[0] // (TOKEN_ALIGNMENT * AT_ONCE)
+    lax.fori_loop(begin, jnp.int32(count), rewrite_rows, None)
+    plgpu.commit_smem()

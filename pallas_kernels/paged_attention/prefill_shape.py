@@ -43,7 +43,14 @@ class PrefillShape:
     windowed: bool
     chunked: bool
     has_sinks: bool
+    stored: int
+    """Bytes of an element in the pages."""
     config: PrefillConfig
+
+    @property
+    def narrow(self) -> bool:
+        """Whether pages hold float8, which is turned into float16 to be multiplied."""
+        return self.stored == 1
 
     @property
     def limited(self) -> bool:
@@ -74,10 +81,14 @@ class PrefillShape:
         """Value features that a swizzle spans, and that leave shared memory in one copy."""
         return swizzled_features(self.dv)
 
+    def stored_swizzle(self, features: int) -> int:
+        """Features that the swizzle of a tile spans, as they lie in the pages."""
+        return swizzled_features(features, self.stored)
+
     @property
     def out_stages(self) -> int:
-        """Chunks of outputs of a warpgroup in shared memory, where wide heads leave less room."""
-        return 2 if self.dv <= 128 else 1
+        """Chunks of outputs of a warpgroup in shared memory: wide heads and float8 leave less."""
+        return 2 if self.dv <= 128 and not self.narrow else 1
 
     @property
     def copy_rows(self) -> int:
@@ -104,6 +115,8 @@ class PrefillRefs:
     tile_count: Any
     limits: Any = None
     sinks: Any = None
+    scales: Any = None
+    """What keys and values are multiplied with, where pages hold float8."""
     out: Any
     lse: Any
     q_shared: Any
@@ -114,6 +127,10 @@ class PrefillRefs:
     edge_shared: Any
     """Eight rows without swizzle, of which single ones leave."""
     weights_shared: Any = None
+    k_narrow: Any = None
+    """The next tile of keys, as it lies in the pages, where they hold float8."""
+    v_narrow: Any = None
+    k_landed: Any = None
     q_full: Any
     q_free: Any
     k_full: Any
@@ -121,6 +138,7 @@ class PrefillRefs:
     v_full: Any
     v_free: Any
     v_landed: Any
-    """A tile that reaches past its row's end has landed, and is yet to be cleared there."""
+    """A tile that reaches past its row's end has landed, and is yet to be cleared there; or any
+    tile of float8, which is yet to be turned into float16."""
     turn: Any
     """Where the computing warpgroups meet: one multiplies while the other exponentiates."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged_attention.float8 import as_wide, pack_scales
 from pallas_kernels.paged_attention.limits import pack_limits
 from pallas_kernels.paged_attention.prefill_load import load_items
 from pallas_kernels.paged_attention.prefill_plan import Plan, gather_tokens, plan_tiles
@@ -48,6 +49,8 @@ def paged_prefill(
     chunk: Int[Array, ""] | int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, "heads"] | None = None,
+    k_scale: Float[Array, ""] | float | None = None,
+    v_scale: Float[Array, ""] | float | None = None,
     config: PrefillConfig,
     interpret: Any = None,
 ) -> tuple[Float[Array, "tokens heads dv"], Float[Array, "tokens heads"]]:
@@ -71,9 +74,12 @@ def paged_prefill(
         windowed=window is not None,
         chunked=chunk is not None,
         has_sinks=sinks is not None,
+        stored=k_pages.dtype.itemsize,
         config=config,
     )
-    _check(shape, q, k_pages)
+    _check(shape, q, k_pages, v_pages)
+    if not shape.narrow and (k_scale is not None or v_scale is not None):
+        raise NotImplementedError("paged prefill on Hopper scales pages of float8 only")
     plan = plan_tiles(
         query_start,
         lengths,
@@ -83,7 +89,7 @@ def paged_prefill(
         kv_block=config.kv_block,
         kv_alignment=shape.copy_rows,
     )
-    queries = q.reshape(tokens, heads * d)
+    queries = (as_wide(q) if shape.narrow else q).reshape(tokens, heads * d)
     operands = {
         "q": jnp.pad(queries, ((0, shape.tokens - tokens), (0, 0))),
         "k_pages": k_pages.reshape(-1, kv_heads * d),
@@ -97,19 +103,25 @@ def paged_prefill(
         operands["limits"] = limits
     if sinks is not None:
         operands["sinks"] = sinks.astype(jnp.float32)
-    out, lse = _launch(shape, plan, operands, interpret)
+    if shape.narrow:
+        operands["scales"] = pack_scales(k_scale, v_scale)
+    out, lse = _launch(shape, plan, operands, q.dtype, interpret)
     lse = gather_tokens(plan, lse, tokens=tokens, tile_tokens=shape.item_tokens)
     return out[:tokens].reshape(tokens, heads, dv), lse
 
 
-def _check(shape: PrefillShape, q: Array, k_pages: Array) -> None:
+def _check(shape: PrefillShape, q: Array, k_pages: Array, v_pages: Array) -> None:
     """Raises NotImplementedError for what the kernel does not cover."""
     config = shape.config
     pool = k_pages.shape[0] * shape.pages * shape.page
-    multiple = NARROWEST // q.dtype.itemsize
+    multiple = NARROWEST // shape.stored
     problems = {
-        f"queries of {q.dtype} and pages of {k_pages.dtype}; it takes bfloat16 or float16, one "
-        "for both": q.dtype != k_pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float16),
+        f"queries of {q.dtype} and pages of {k_pages.dtype} and {v_pages.dtype}; it takes bfloat16 "
+        "or float16, one for all, or pages of float8_e4m3fn": (
+            q.dtype not in (jnp.bfloat16, jnp.float16)
+            or k_pages.dtype != v_pages.dtype
+            or k_pages.dtype not in (q.dtype, jnp.float8_e4m3fn)
+        ),
         f"head dimensions {shape.d} and {shape.dv}; it takes multiples of {multiple} up to 256": (
             shape.d % multiple or shape.dv % multiple or max(shape.d, shape.dv) > 256
         ),
@@ -118,7 +130,8 @@ def _check(shape: PrefillShape, q: Array, k_pages: Array) -> None:
         ),
         f"a scale of {shape.scale}; it takes positive ones": shape.scale <= 0,
         f"a pool of {pool} positions in all layers; it takes fewer than 2^31": pool >= 2**31,
-        f"{config.stages} stages; it needs 2 to load ahead": config.stages < 2,
+        # A tile of float8 waits beside the stages.
+        f"{config.stages} stages; it needs 2 to load ahead": config.stages + shape.narrow < 2,
     }
     for problem, present in problems.items():
         if present:
@@ -126,32 +139,46 @@ def _check(shape: PrefillShape, q: Array, k_pages: Array) -> None:
 
 
 def _launch(
-    shape: PrefillShape, plan: Plan, operands: dict[str, Array], interpret: Any
+    shape: PrefillShape, plan: Plan, operands: dict[str, Array], out_dtype: Any, interpret: Any
 ) -> tuple[Array, Array]:
     config, dtype = shape.config, operands["q"].dtype
     tiles = plan.tiles.shape[0]
     results = {
-        "out": jax.ShapeDtypeStruct((shape.tokens, shape.heads * shape.dv), dtype),
+        "out": jax.ShapeDtypeStruct((shape.tokens, shape.heads * shape.dv), out_dtype),
         "lse": jax.ShapeDtypeStruct((tiles, shape.heads, shape.item_tokens), jnp.float32),
     }
     stages, kv_block = config.stages, config.kv_block
     key_tiles = functools.partial(tiled, dtype=dtype, swizzle=shape.key_swizzle)
     value_tiles = functools.partial(tiled, dtype=dtype, swizzle=shape.chunk)
+    # Copies say that a tile is full, or the warpgroup that widens it.
+    arrivals = 1 if shape.narrow else shape.copies
     scratch = {
         "q_shared": key_tiles((WARPGROUPS, WARPGROUP_ROWS, shape.d)),
         "k_shared": key_tiles((stages, kv_block, shape.d)),
         "v_shared": value_tiles((stages, kv_block, shape.dv)),
-        "out_shared": value_tiles((WARPGROUPS, shape.out_stages, WARPGROUP_ROWS, shape.chunk)),
-        "edge_shared": plgpu.SMEM((WARPGROUPS, TOKEN_ALIGNMENT, shape.chunk), dtype),
+        "out_shared": tiled(
+            (WARPGROUPS, shape.out_stages, WARPGROUP_ROWS, shape.chunk),
+            out_dtype,
+            swizzle=shape.chunk,
+        ),
+        "edge_shared": plgpu.SMEM((WARPGROUPS, TOKEN_ALIGNMENT, shape.chunk), out_dtype),
         "q_full": plgpu.Barrier(num_arrivals=WARPGROUPS),
         "q_free": plgpu.Barrier(num_arrivals=WARPGROUPS),
-        "k_full": plgpu.Barrier(num_barriers=stages, num_arrivals=shape.copies),
+        "k_full": plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
         "k_free": plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS),
-        "v_full": plgpu.Barrier(num_barriers=stages, num_arrivals=shape.copies),
+        "v_full": plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
         "v_free": plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS),
         "v_landed": plgpu.Barrier(num_arrivals=shape.copies),
         "turn": plgpu.Barrier(num_barriers=WARPGROUPS),
     }
+    if shape.narrow:
+        scratch["k_landed"] = plgpu.Barrier(num_arrivals=shape.copies)
+        for name, features in (("k", shape.d), ("v", shape.dv)):
+            scratch[f"{name}_narrow"] = tiled(
+                (kv_block, features),
+                operands[f"{name}_pages"].dtype,
+                swizzle=shape.stored_swizzle(features),
+            )
     if not config.in_registers:
         scratch["weights_shared"] = value_tiles((WARPGROUPS, WARPGROUP_ROWS, kv_block))
     out, lse = plgpu.kernel(

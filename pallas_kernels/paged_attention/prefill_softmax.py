@@ -74,6 +74,8 @@ class _Computer:
         if shape.has_sinks:
             done = self._add_sink(done, self.refs.sinks[head])
         inverse = jnp.where(done.total > 0, 1.0 / done.total, 0.0)
+        if self.refs.scales is not None:
+            inverse *= self.refs.scales[1]
         out = _wgmma(done.sums * _along(inverse, shape.dv))
         store_out(shape, self.refs, item.tile, token, head, self.warpgroup, out)
         lse = (done.highest + jnp.log2(done.total)) * (1 / LOG2_E)
@@ -146,7 +148,9 @@ class _Computer:
 
         return product
 
-    def _weigh(self, before: Softmax, scores: Array, factor: float) -> tuple[Softmax, Array]:
+    def _weigh(
+        self, before: Softmax, scores: Array, factor: Array | float
+    ) -> tuple[Softmax, Array]:
         """Returns the softmax without the values of a tile, and the weights of these."""
         highest = _wgmma(jnp.maximum(before.highest, scores.max(axis=1) * factor))
         keep = jnp.exp2(before.highest - highest)
@@ -188,13 +192,15 @@ class _Computer:
     def _end_turn(self) -> None:
         plgpu.barrier_arrive(self.refs.turn.at[WARPGROUPS - 1 - self.warpgroup])
 
-    def _capped(self, product: Array) -> tuple[Array, float]:
+    def _capped(self, product: Array) -> tuple[Array, Array | float]:
         """Returns scores and what turns them into powers of 2."""
-        shape = self.shape
+        shape, scale = self.shape, self.shape.scale * LOG2_E
+        if self.refs.scales is not None:
+            scale *= self.refs.scales[0]
         if shape.soft_cap is None:
-            return product, shape.scale * LOG2_E
+            return product, scale
         # tanh(x) = 1 - 2 / (1 + exp(2 x)): the approximate tanh of the chip is too coarse.
-        power = jnp.exp2(product * (2 * shape.scale * LOG2_E / shape.soft_cap))
+        power = jnp.exp2(product * (scale * (2 / shape.soft_cap)))
         return 1.0 - 2.0 / (1.0 + power), shape.soft_cap * LOG2_E
 
     def _visible(self, position: Array, start: Array) -> Array:

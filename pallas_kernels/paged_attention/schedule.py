@@ -31,6 +31,16 @@ class Segment(NamedTuple):
     low: Array
     """First position that the query sees."""
     length: Array
+    after: "Segment | None" = None
+    """The next segment, if the row before this one has any positions."""
+
+    def begin(self, tile: int) -> Array:
+        """Returns the segment's first position, a multiple of the positions of a tile."""
+        return (lax.div(self.low, jnp.int32(tile)) + self.first) * tile
+
+    def end(self, tile: int) -> Array:
+        """Returns one past the segment's last position."""
+        return jnp.minimum(self.begin(tile) + self.count * tile, self.length)
 
     @property
     def starts(self) -> Array:
@@ -47,7 +57,7 @@ class Schedule:
 
     rows: int
     tile: int
-    """Positions of a tile."""
+    """Positions of a tile: of what shares are made of."""
     at_once: int
     """Lengths that are read at once, so that their latencies overlap."""
     lengths: Any
@@ -94,12 +104,13 @@ class Schedule:
         def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
             *place, carry = state
             place = lax.while_loop(exhausted, next_row, tuple(place))
-            position, row, base, length, _ = place
-            begin = jnp.maximum(base, self.begin)
-            tiles, low = self.tiles(row, length), self.low(row, length)
-            segment = Segment(row, base, begin - base, position - begin, tiles, low, length)
-            carry = body(carry, segment)
-            return begin, *place[1:], carry
+            position, row, base, length, next_length = place
+            segment = self._segment(position, row, base, length)
+            before = jnp.maximum(row - 1, 0)
+            next_base = base - self.tiles(before, next_length)
+            after = self._segment(base, before, next_base, next_length)
+            carry = body(carry, segment._replace(after=after))
+            return base + segment.first, *place[1:], carry
 
         def unfinished(state: tuple[Any, ...]) -> Array:
             return state[0] > self.begin
@@ -107,6 +118,12 @@ class Schedule:
         row, base = self._last_row()
         place = (self.end, row, base, self._length(row), self._length(row - 1))
         return lax.while_loop(unfinished, step, (*place, carry))[-1]
+
+    def _segment(self, position: Array, row: Array, base: Array, length: Array) -> Segment:
+        """Returns what the share holds of a row before a position."""
+        begin = jnp.maximum(base, self.begin)
+        tiles, low = self.tiles(row, length), self.low(row, length)
+        return Segment(row, base, begin - base, position - begin, tiles, low, length)
 
     def _length(self, row: Array) -> Array:
         return self.lengths[jnp.clip(row, 0, self.rows - 1)]

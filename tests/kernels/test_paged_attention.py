@@ -54,7 +54,7 @@ def decode_case(
 
 def decode(case, *, blocks=1, races=True, **options):
     """The kernel under the interpreter, which runs blocks in turn and knows no signals."""
-    config = DecodeConfig(blocks=blocks, kv_block=64, stages=2, synchronize=False)
+    config = DecodeConfig(blocks=blocks, kv_block=64, stages=2, inlined=False, synchronize=False)
     params = plgpu.InterpretGPUParams(detect_races=races, out_of_bounds_reads="uninitialized")
     return decode_sm90.paged_decode(
         *case, scale=0.125, config=options.pop("config", config), interpret=params, **options
@@ -128,6 +128,16 @@ def test_decode_kernel_reads_pages_of_float8(d, dv, options):
     case = decode_case(lengths, kv_heads=2, d=d, dv=dv, dtype=FLOAT8)
     options = options | {"k_scale": jnp.float32(0.5), "v_scale": 0.75}
     assert_equal_attention(decode(case, blocks=2, **options), expected(case, **options))
+    assert not gpu_callbacks.get_races().races_found
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, FLOAT8])
+def test_two_warpgroups_compute_every_other_tile_without_a_race(dtype):
+    config = DecodeConfig(
+        blocks=1, kv_block=64, stages=2, computers=2, inlined=False, synchronize=False
+    )
+    case = decode_case([200, 0, 1, 64, 65, 128, 129], dtype=dtype)
+    assert_equal_attention(decode(case, config=config), expected(case))
     assert not gpu_callbacks.get_races().races_found
 
 
@@ -308,3 +318,27 @@ def test_decode_kernel_reads_pages_of_float8_on_the_gpu(heads, d, dv, page):
     got = jax.jit(functools.partial(run, scale=0.125, max_query_length=1))(*arguments, **scales)
     with jax.default_matmul_precision("highest"):
         assert_equal_attention(got, expected(case, **scales))
+
+
+@pytest.mark.gpu
+def test_decode_kernel_reads_the_end_of_a_pool_of_more_than_two_to_the_31_elements():
+    lengths, page = [700, 0, 64, 65], 64
+    case = decode_case(lengths, heads=32, kv_heads=8, d=128, dv=128, page=page)
+    q, k_pages, v_pages, layer, table, _ = case
+    few = k_pages.shape[1]
+    many = 2**31 // k_pages[0, 0].size // 2 + few
+    is_page = table < few
+    last = jnp.where(is_page, table + many - few, table)
+
+    @jax.jit
+    def enlarge(pages):
+        whole = jnp.full((2, many, *pages.shape[2:]), jnp.nan, pages.dtype)
+        return whole.at[:, many - few :].set(pages)
+
+    assert enlarge.eval_shape(k_pages).size > 2**31
+    run = functools.partial(pallas_kernels.paged_attention, implementation="decode_sm90")
+    got = jax.jit(functools.partial(run, scale=0.125, max_query_length=1))(
+        q, enlarge(k_pages), enlarge(v_pages), layer, last, jnp.arange(len(lengths) + 1), case[5]
+    )
+    with jax.default_matmul_precision("highest"):
+        assert_equal_attention(got, expected(case))

@@ -1,6 +1,4 @@
 import functools
-import importlib
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -27,6 +25,7 @@ from pallas_kernels.paged_attention.configs import prefill_config
 from pallas_kernels.paged_attention.prefill_plan import Tile, plan_tiles
 from pallas_kernels.paged_attention.prefill_shape import PrefillConfig
 
+FLOAT8 = jnp.float8_e4m3fn
 SMALL = PrefillConfig(blocks=1, kv_block=64, stages=2, in_registers=False)
 
 # Scores of keys past a row's end are NaN before they are hidden.
@@ -34,8 +33,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in mat
 
 
 def prefill_case(
-    rows: list[tuple[int, int]], *, spare=0, heads=2, kv_heads=1, d=64, dv=64, page=PAGE, seed=0
-) -> Any:
+    rows: list[tuple[int, int]], *, spare=0, heads=2, kv_heads=1, d=64, dv=64, page=PAGE, seed=0,
+    dtype: Any = jnp.bfloat16,
+) -> Any:  # fmt: skip
     """Rows of (cached positions, queries after them) over shuffled pages, and spare tokens.
 
     Whatever a row does not own is NaN, or no page at all.
@@ -44,7 +44,7 @@ def prefill_case(
     queries = np.array([count for _, count in rows])
     lengths = np.array([cached + count for cached, count in rows])
     table, owned = deal_pages(rng, lengths, page)
-    pages = functools.partial(fill_pages, rng, owned, kv_heads)
+    pages = functools.partial(fill_pages, rng, owned, kv_heads, dtype=dtype)
     start = np.concatenate([[0], np.cumsum(queries)]).astype(np.int32)
     q = jnp.asarray(rng.normal(size=(start[-1] + spare, heads, d)), jnp.bfloat16)
     ragged = (jnp.asarray(table), jnp.asarray(start), jnp.asarray(lengths, jnp.int32))
@@ -110,6 +110,18 @@ def test_prefill_kernel_takes_heads_that_do_not_fill_the_widest_swizzle(d, dv):
     assert not gpu_callbacks.get_races().races_found
 
 
+@pytest.mark.parametrize(
+    "d, dv, options",
+    [(64, 64, {}), (128, 96, {"window": 21, "soft_cap": 2.0, "sinks": jnp.asarray([-2.0, 9.0])})],
+    ids=["plain", "all options"],
+)
+def test_prefill_kernel_reads_pages_of_float8(d, dv, options):
+    case = prefill_case([(70, 13), (0, 1), (15, 1), (130, 3)], spare=7, d=d, dv=dv, dtype=FLOAT8)
+    options = options | {"k_scale": jnp.float32(0.5), "v_scale": 0.75}
+    assert_equal_attention(prefill(case, **options), expected(case, **options))
+    assert not gpu_callbacks.get_races().races_found
+
+
 def test_blocks_share_the_items_of_a_batch():
     case = prefill_case([(0, 66), (30, 3)], heads=4)
     config = PrefillConfig(blocks=2, kv_block=64, stages=2, in_registers=False)
@@ -150,25 +162,29 @@ def test_tiles_cover_every_token_once_and_the_most_expensive_comes_first():
 
 
 @pytest.mark.parametrize(
-    "heads, kv_heads, d, page, limited",
+    "heads, kv_heads, d, page, limited, dtype",
     [
-        (32, 8, 128, 64, False),
-        (64, 8, 64, 16, True),
-        (16, 16, 128, 128, False),
-        (16, 8, 256, 64, True),
-        (32, 32, 80, 64, False),
-        (32, 8, 96, 16, True),
-        (32, 8, 112, 128, True),
+        (32, 8, 128, 64, False, jnp.bfloat16),
+        (64, 8, 64, 16, True, jnp.bfloat16),
+        (16, 16, 128, 128, False, jnp.bfloat16),
+        (16, 8, 256, 64, True, jnp.bfloat16),
+        (32, 32, 80, 64, False, jnp.bfloat16),
+        (32, 8, 96, 16, True, jnp.bfloat16),
+        (32, 8, 112, 128, True, jnp.bfloat16),
+        (32, 8, 128, 64, False, FLOAT8),
+        (16, 8, 256, 16, True, FLOAT8),
+        (32, 8, 96, 128, True, FLOAT8),
     ],
 )
-def test_every_shipped_configuration_lowers_for_cuda(heads, kv_heads, d, page, limited):
+def test_every_shipped_configuration_lowers_for_cuda(heads, kv_heads, d, page, limited, dtype):
     options: Any = {}
     if limited:
         sinks = jnp.zeros(heads)
         options = dict(window=jnp.int32(9), chunk=jnp.int32(0), soft_cap=3.0, sinks=sinks)
-    config = prefill_config(d=d, dv=d, num_sms=132)
+    stored = jnp.dtype(dtype).itemsize
+    config = prefill_config(d=d, dv=d, num_sms=132, stored=stored)
     run = functools.partial(prefill_sm90.paged_prefill, scale=d**-0.5, config=config, **options)
-    pages = jax.ShapeDtypeStruct((2, 100, page, kv_heads, d), jnp.bfloat16)
+    pages = jax.ShapeDtypeStruct((2, 100, page, kv_heads, d), dtype)
     arguments = (
         jax.ShapeDtypeStruct((100, heads, d), jnp.bfloat16),
         pages,
@@ -186,6 +202,7 @@ def test_every_shipped_configuration_lowers_for_cuda(heads, kv_heads, d, page, l
     [
         (dict(d=72), "head dimensions 72 and 64; it takes multiples of 16 up to 256"),
         (dict(page=24), "pages of 24; it takes powers of 2 from 16 on"),
+        (dict(d=80, dtype=FLOAT8), "head dimensions 80 and 64; it takes multiples of 32 up to 256"),
     ],
 )
 def test_prefill_kernel_says_what_it_does_not_cover(sizes, message):
@@ -203,23 +220,6 @@ def test_a_machine_without_a_hopper_gpu_runs_the_reference():
     np.testing.assert_array_equal(run(*arguments)[0], want[0])
     with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
         run(*arguments, implementation="prefill_sm90")
-
-
-def test_pages_of_float8_run_the_reference(monkeypatch):
-    q, k_pages, v_pages, layer, table, start, lengths = prefill_case([(20, 3), (0, 5)])
-    pages = [x.astype(jnp.float8_e4m3fn) for x in (k_pages, v_pages)]
-    arguments: Any = (q, *pages, layer, jnp.where(table == NO_PAGE, 0, table), start, lengths)
-    options: Any = dict(scale=0.125, max_query_length=5, v_scale=0.5)
-    want = reference.paged_attention(*arguments, **options)
-    module = importlib.import_module("pallas_kernels.paged_attention")
-    device = SimpleNamespace(core_count=1, device_kind="interpreter")
-    monkeypatch.setattr(module, "_hopper_device", lambda: device)
-    for chosen in (options, options | dict(v_scale=None)):
-        out, _ = pallas_kernels.paged_attention(*arguments, **chosen)
-        ratio = 1.0 if chosen is options else 0.5
-        np.testing.assert_allclose(out * ratio, want[0], atol=2**-8)
-    with pytest.raises(NotImplementedError, match="takes no v_scale"):
-        pallas_kernels.paged_attention(*arguments, **options, implementation="prefill_sm90")
 
 
 @pytest.mark.gpu
@@ -248,6 +248,31 @@ def test_prefill_kernel_agrees_with_float32_on_the_gpu(heads, kv_heads, d, dv, p
     options = {}
     if heads == 3:
         options = dict(window=jnp.int32(77), soft_cap=3.0, sinks=jnp.asarray([-2.0, 0.0, 4.0]))
+    run = functools.partial(pallas_kernels.paged_attention, implementation="prefill_sm90")
+    run = functools.partial(run, scale=0.125, max_query_length=500, **options)
+    with jax.default_matmul_precision("highest"):
+        assert_equal_attention(jax.jit(run)(*case), expected(case, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "heads, kv_heads, d, dv, page",
+    [
+        (8, 2, 128, 128, 64),
+        (8, 2, 64, 64, 16),
+        (3, 3, 96, 96, 64),
+        (4, 2, 256, 256, 64),
+        (8, 8, 192, 128, 128),
+    ],
+)
+def test_prefill_kernel_reads_pages_of_float8_on_the_gpu(heads, kv_heads, d, dv, page):
+    rows = [(0, 1), (page - 2, 1), (page - 1, 1), (page, 1), (0, page + 1), (1000, 300)]
+    case = prefill_case(
+        rows, spare=37, heads=heads, kv_heads=kv_heads, d=d, dv=dv, page=page, dtype=FLOAT8
+    )
+    options: Any = dict(k_scale=jnp.float32(0.5), v_scale=jnp.float32(0.75))
+    if heads == 3:
+        options |= dict(window=jnp.int32(77), soft_cap=3.0, sinks=jnp.asarray([-2.0, 0.0, 4.0]))
     run = functools.partial(pallas_kernels.paged_attention, implementation="prefill_sm90")
     run = functools.partial(run, scale=0.125, max_query_length=500, **options)
     with jax.default_matmul_precision("highest"):
