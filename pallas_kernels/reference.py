@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -11,6 +12,8 @@ from pallas_kernels.softmax import KV_BLOCK, QUERY_BLOCK, Softmax, add_keys, emp
 
 ROW_BLOCK = 64
 """Rows of one group that are multiplied together."""
+BYTES_AT_ONCE = 256 * 1024**2
+"""Matrices that are copied for products at the same time, where that is not one by one."""
 
 
 def paged_attention(
@@ -143,7 +146,8 @@ def grouped_gemm(
 
     return _for_each_group(
         multiply, group_sizes, layer, bias, activation, first_group,
-        groups=rhs.shape[1], out=jnp.zeros((lhs.shape[0], rhs.shape[3]), lhs.dtype),
+        groups=rhs.shape[1], matrix_bytes=rhs.shape[2] * rhs.shape[3] * rhs.dtype.itemsize,
+        out=jnp.zeros((lhs.shape[0], rhs.shape[3]), lhs.dtype),
     )  # fmt: skip
 
 
@@ -176,16 +180,22 @@ def quantized_grouped_gemm(
 
     return _for_each_group(
         multiply, group_sizes, layer, bias, activation, first_group,
-        groups=rhs.shape[1], out=jnp.zeros((lhs.shape[0], n), jnp.bfloat16),
+        groups=rhs.shape[1], matrix_bytes=4 * n * k,
+        out=jnp.zeros((lhs.shape[0], n), jnp.bfloat16),
     )  # fmt: skip
 
 
 def _for_each_group(
     multiply: Callable[[Array, Array], Array], group_sizes: Array, layer: Array | int,
     bias: Array | None, activation: str | None, first_group: Array | int, *,
-    groups: int, out: Array,
+    groups: int, matrix_bytes: int, out: Array,
 ) -> Array:  # fmt: skip
-    """Fills the rows of `out` with float32 products `multiply(rows, group)`, finished."""
+    """Fills the rows of `out` with float32 products `multiply(rows, group)`, finished.
+
+    A CPU takes one block after the other. On other devices a loop whose length they would have to
+    tell the host costs more than the products: they take several at once, of as many as there may
+    be, and copy the matrices of those.
+    """
     rows = out.shape[0]
     block = min(rows, ROW_BLOCK)
     ends = jnp.cumsum(group_sizes)
@@ -194,20 +204,38 @@ def _for_each_group(
     blocks = -(-sizes // block)
     block_ends = jnp.cumsum(blocks)
 
-    def one_block(index: Array, out: Array) -> Array:
+    def one_block(index: Array) -> tuple[Array, Array]:
         group = jnp.searchsorted(block_ends, index, side="right")
         offset = (index - (block_ends - blocks)[group]) * block + jnp.arange(block)
-        row = jnp.where(offset < sizes[group], (ends - sizes)[group] + offset, rows)
+        real = (index < block_ends[-1]) & (offset < sizes[group])
+        row = jnp.where(real, (ends - sizes)[group] + offset, rows)
         product = multiply(row, group)
         if bias is not None:
             product += bias[layer, group].astype(jnp.float32)
         if activation is not None:
             product = ACTIVATIONS[activation](*jnp.split(product, 2, axis=1))
-        return out.at[row].set(product.astype(out.dtype), mode="drop")
+        return row, product.astype(out.dtype)
+
+    def one_by_one(out: Array) -> Array:
+        def fill(index: Array, out: Array) -> Array:
+            row, product = one_block(index)
+            return out.at[row].set(product, mode="drop")
+
+        return lax.fori_loop(0, block_ends[-1], fill, out)
+
+    def several_at_once(out: Array) -> Array:
+        most = rows // block + min(groups, rows)
+        count = max(1, min(most, BYTES_AT_ONCE // matrix_bytes))
+
+        def fill(index: Array, out: Array) -> Array:
+            row, product = jax.vmap(one_block)(index * count + jnp.arange(count))
+            return out.at[row].set(product, mode="drop")
+
+        return lax.fori_loop(0, -(-most // count), fill, out)
 
     if activation is not None:
         out = out[:, : out.shape[1] // 2]
-    return lax.fori_loop(0, block_ends[-1], one_block, out)
+    return lax.platform_dependent(out, cpu=one_by_one, default=several_at_once)
 
 
 def _query_blocks(

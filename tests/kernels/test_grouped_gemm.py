@@ -80,6 +80,20 @@ def test_reference_multiplies_each_group_with_its_own_matrix(sizes):
     assert_close(out, exact(lhs, rhs, sizes, 1, 0))
 
 
+@pytest.mark.parametrize("bytes_at_once", [1, 3 * 128 * 128 * 2, 10**9])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_reference_multiplies_several_groups_at_once_off_the_cpu(sizes, bytes_at_once, monkeypatch):
+    def run_default(*operands, cpu, default):
+        return default(*operands)
+
+    monkeypatch.setattr(reference.lax, "platform_dependent", run_default)
+    monkeypatch.setattr(reference, "BYTES_AT_ONCE", bytes_at_once)
+    lhs, rhs, group_sizes = operands(0, sizes, groups=len(sizes))
+    bias = random_bias(1, rhs)
+    out = reference.grouped_gemm(lhs, rhs, group_sizes, 1, bias=bias)
+    assert_close(out, exact(lhs, rhs, sizes, 1, 0, bias))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_reference_adds_the_bias_and_applies_the_activation_to_the_sums(activation):
     sizes = [3, 0, 70]
