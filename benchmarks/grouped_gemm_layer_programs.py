@@ -11,14 +11,18 @@ from pallas_kernels import QuantizedMatrices, QuantizedRows
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import (
     MIN_COPIED_ROWS,
+    Router,
     gather_sm90,
     mosaic_sm90,
     quantize_sm90,
     quantized_sm90,
+    route_sm90,
+    sort_sm90,
 )
 from pallas_kernels.grouped_gemm.configs import config_for, quantized_config_for
 from pallas_kernels.grouped_gemm.quantize import quantize_rows_by_xla
-from pallas_kernels.grouped_gemm.sort import sort_rows
+from pallas_kernels.grouped_gemm.route import route_tokens_by_xla
+from pallas_kernels.grouped_gemm.sort import sort_rows_by_xla
 
 CHAIN = 8
 """Layers in a program."""
@@ -36,6 +40,8 @@ class Variant:
     float8: bool = False
     routed: bool = False
     """Whether a router chooses the experts; else they are given."""
+    ordered_by_xla: bool = False
+    """Whether XLA routes and sorts, not kernels of ours."""
 
 
 VARIANTS = (
@@ -43,6 +49,8 @@ VARIANTS = (
     Variant(name="llmjax, activation apart", fused=False),
     Variant(name="llmjax, gather by XLA", copied=False),
     Variant(name="llmjax, float8", float8=True),
+    Variant(name="llmjax, sort by XLA", ordered_by_xla=True),
+    Variant(name="llmjax, router and sort by XLA", routed=True, ordered_by_xla=True),
     Variant(name="llmjax, with router", routed=True),
 )
 
@@ -72,14 +80,15 @@ def chain_layers(x, *arrays, variant: Variant, num_sms: int) -> tuple[jax.Array,
 def route(x, router, count: int, variant: Variant) -> tuple[jax.Array, jax.Array]:
     """Experts of each token and their gates, as Mixtral and Qwen3 have them."""
     logits = jnp.dot(x, router, preferred_element_type=jnp.float32)
-    gates, experts = lax.top_k(jax.nn.softmax(logits), count)
-    return experts, gates / gates.sum(-1, keepdims=True)
+    choose = route_tokens_by_xla if variant.ordered_by_xla else route_sm90.route_tokens
+    return choose(logits, None, None, Router(top_k=count, normalize=True))
 
 
 def expert_layer(x, experts, gates, gate_up, down, *, variant: Variant, num_sms: int) -> jax.Array:
     """The gated sum over each token's experts."""
     groups = (gate_up.values if variant.float8 else gate_up).shape[1]
-    order = sort_rows(experts.reshape(-1), groups)
+    sort = sort_rows_by_xla if variant.ordered_by_xla else sort_sm90.sort_rows
+    order = sort(experts.reshape(-1), groups)
     multiply = partial(_multiply, sizes=order.sizes, num_sms=num_sms)
     rows = _gather(x, order.row // experts.shape[1], variant, num_sms)
     if variant.fused:

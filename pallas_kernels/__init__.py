@@ -4,11 +4,13 @@ from pallas_kernels.block_attention import NO_ROW, Places, block_attention, visi
 from pallas_kernels.grouped_gemm import (
     QuantizedMatrices,
     QuantizedRows,
+    Router,
     SortedRows,
     gather_rows,
     grouped_gemm,
     quantize_matrices,
     quantize_rows,
+    route_tokens,
     sort_rows,
 )
 from pallas_kernels.paged_attention import paged_attention, store_rows
@@ -18,6 +20,7 @@ __all__ = [
     "Places",
     "QuantizedMatrices",
     "QuantizedRows",
+    "Router",
     "SortedRows",
     "block_attention",
     "gather_rows",
@@ -25,6 +28,7 @@ __all__ = [
     "paged_attention",
     "quantize_matrices",
     "quantize_rows",
+    "route_tokens",
     "sort_rows",
     "store_rows",
     "visible_blocks",

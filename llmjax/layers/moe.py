@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from llmjax.config import ExpertConfig, ModelConfig
@@ -16,7 +15,7 @@ from llmjax.parallel.collectives import axis_index, island
 from llmjax.parallel.dispatch_cost import ExpertLoad, choose_dispatch
 from llmjax.parallel.expert_dispatch import Dispatch, dispatch_experts
 from meshes import Rules
-from pallas_kernels import grouped_gemm
+from pallas_kernels import Router, grouped_gemm, route_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +107,7 @@ class MoE(nnx.Module):
         options: DispatchOptions,
     ) -> Float[Array, "tokens embed"]:
         """`weights` are those of all layers, of which `layer` is used; padding has no expert."""
-        experts, gates = self._route(x)
-        experts = jnp.where(is_real[:, None], experts, -1)
+        experts, gates = self._route(x, is_real)
         load = expert_load(
             self.config,
             self.rules,
@@ -136,7 +134,7 @@ class MoE(nnx.Module):
 
     @jax.named_scope("route")
     def _route(
-        self, x: Float[Array, "tokens embed"]
+        self, x: Float[Array, "tokens embed"], is_real: Bool[Array, "tokens"]
     ) -> tuple[Int32[Array, "tokens top_k"], Float32[Array, "tokens top_k"]]:
         # Logits in float32, as the families do: experts are chosen by small differences.
         logits = jnp.einsum(
@@ -151,11 +149,12 @@ class MoE(nnx.Module):
         correction = None if self.correction_bias is None else self.correction_bias[...]
         tokens = self.rules.spec("tokens", None)
 
-        def body(logits: Array, correction: Array | None) -> tuple[Array, Array]:
-            return choose_experts(logits, correction, self.config)
+        def body(logits: Array, correction: Array | None, is_real: Array) -> tuple[Array, Array]:
+            return choose_experts(logits, correction, self.config, is_real)
 
-        return island(body, in_specs=(tokens, self.rules.spec(None)), out_specs=(tokens, tokens))(
-            logits, correction
+        in_specs = (tokens, self.rules.spec(None), self.rules.spec("tokens"))
+        return island(body, in_specs=in_specs, out_specs=(tokens, tokens))(
+            logits, correction, is_real
         )
 
 
@@ -163,25 +162,19 @@ def choose_experts(
     logits: Float32[Array, "tokens experts"],
     correction: Float32[Array, " experts"] | None,
     config: ExpertConfig,
+    is_real: Bool[Array, " tokens"] | None = None,
 ) -> tuple[Int32[Array, "tokens top_k"], Float32[Array, "tokens top_k"]]:
-    """Experts of each token, in falling order of choice, and their gates.
-
-    Source: Mixtral (Jiang et al., 2024); groups and correction bias of DeepSeek-V2 and V3 (2024).
-    """
-    scores = jax.nn.softmax(logits) if config.scoring == "softmax" else jax.nn.sigmoid(logits)
-    choice = scores if correction is None else scores + correction
-    if config.top_groups < config.num_groups:
-        grouped = choice.reshape(len(choice), config.num_groups, -1)
-        best = lax.top_k(grouped, config.group_best)[0].sum(-1)
-        _, kept = lax.top_k(best, config.top_groups)
-        allowed = jnp.zeros_like(best, bool).at[jnp.arange(len(best))[:, None], kept].set(True)
-        choice = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(choice.shape)
-    _, experts = lax.top_k(choice, config.top_k)
-    gates = jnp.take_along_axis(scores, experts, axis=-1)
-    if config.normalize:
-        # Sigmoids may all be zero.
-        gates = gates / (gates.sum(-1, keepdims=True) + 1e-20)
-    return experts, gates * config.scaling_factor
+    """Experts of each token, in falling order of choice, and their gates; padding has expert -1."""
+    router = Router(
+        top_k=config.top_k,
+        scoring=config.scoring,
+        normalize=config.normalize,
+        scaling_factor=config.scaling_factor,
+        num_groups=config.num_groups,
+        top_groups=config.top_groups,
+        group_best=config.group_best,
+    )
+    return route_tokens(logits, router, correction=correction, is_real=is_real)
 
 
 def expert_load(

@@ -141,7 +141,8 @@ def sort_by_slot(local_slots: Int[Array, "tokens top_k"], num_slots: int) -> Sor
     count, top_k = local_slots.shape
     held = (local_slots >= 0) & (local_slots < num_slots)
     flat = jnp.where(held, local_slots, num_slots).reshape(-1)
-    order, place, sizes = sort_rows(flat, num_slots)
+    # Not `flat`: sorting puts other slots last anyway, and needs no kernel before it.
+    order, place, sizes = sort_rows(local_slots.reshape(-1), num_slots)
     # The slots of a token differ, so at most this many are here.
     kept = order[: count * min(top_k, num_slots)]
     return SortedRows(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jax.extend import backend
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from pallas_kernels import reference
 from pallas_kernels.activation import ACTIVATIONS
@@ -18,16 +18,19 @@ from pallas_kernels.grouped_gemm.quantize import (
     quantize_matrices,
     quantize_rows_by_xla,
 )
-from pallas_kernels.grouped_gemm.sort import SortedRows, sort_rows
+from pallas_kernels.grouped_gemm.route import Router, route_tokens_by_xla
+from pallas_kernels.grouped_gemm.sort import SortedRows, sort_rows_by_xla
 
 __all__ = [
     "QuantizedMatrices",
     "QuantizedRows",
+    "Router",
     "SortedRows",
     "gather_rows",
     "grouped_gemm",
     "quantize_matrices",
     "quantize_rows",
+    "route_tokens",
     "sort_rows",
 ]
 
@@ -80,6 +83,42 @@ def grouped_gemm(
         return reference.quantized_grouped_gemm(*lhs, *rhs, group_sizes, layer, **options)
     assert not isinstance(lhs, QuantizedRows) and not isinstance(rhs, QuantizedMatrices)
     return reference.grouped_gemm(lhs, rhs, group_sizes, layer, **options)
+
+
+def route_tokens(
+    logits: Float32[Array, "tokens experts"],
+    router: Router,
+    *,
+    correction: Float32[Array, " experts"] | None = None,
+    is_real: Bool[Array, " tokens"] | None = None,
+) -> tuple[Int32[Array, "tokens top_k"], Float32[Array, "tokens top_k"]]:
+    """Experts of each token, in falling order of choice, and their gates, the chosen's scores.
+
+    Of equal experts and of equal groups the first are chosen. The `correction` is added to the
+    scores for the choice only. Tokens that are not real get expert -1.
+
+    Source: Mixtral (Jiang et al., 2024); groups of DeepSeek-V2, correction of DeepSeek-V3 (2024).
+    """
+    if _is_hopper(backend.get_default_device()):
+        from pallas_kernels.grouped_gemm import route_sm90
+
+        try:
+            return route_sm90.route_tokens(logits, correction, is_real, router)
+        except NotImplementedError:
+            pass
+    return route_tokens_by_xla(logits, correction, is_real, router)
+
+
+def sort_rows(group_of_row: Int[Array, "rows"], groups: int) -> SortedRows:
+    """Sorts rows by group; those whose group is not in [0, groups) come last."""
+    if _is_hopper(backend.get_default_device()):
+        from pallas_kernels.grouped_gemm import sort_sm90
+
+        try:
+            return sort_sm90.sort_rows(group_of_row, groups)
+        except NotImplementedError:
+            pass
+    return sort_rows_by_xla(group_of_row, groups)
 
 
 def gather_rows(

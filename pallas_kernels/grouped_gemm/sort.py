@@ -28,7 +28,7 @@ class SortedRows(NamedTuple):
     """Rows of each group."""
 
 
-def sort_rows(group_of_row: Int[Array, "rows"], groups: int) -> SortedRows:
+def sort_rows_by_xla(group_of_row: Int[Array, "rows"], groups: int) -> SortedRows:
     """Sorts rows by group; those whose group is not in [0, groups) come last."""
     held = (group_of_row >= 0) & (group_of_row < groups)
     group_of_row = jnp.where(held, group_of_row, groups)
