@@ -25,6 +25,7 @@ from benchmarks.timing import compile_all
 from pallas_kernels import quantize_matrices
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import MIN_COPIED_ROWS
+from pallas_kernels.grouped_gemm.configs import MAX_UNSORTED_TOKENS
 
 __all__ = ["SHAPES", "compile_all", "lower", "measure"]
 
@@ -62,8 +63,10 @@ class Layer:
     def variants(self) -> Iterator[Variant]:
         """Those that differ for this layer."""
         for variant in VARIANTS:
-            has_row = not variant.routed or self.top_k > 1
-            if has_row and (variant.copied or self.tokens * self.top_k >= MIN_COPIED_ROWS):
+            differs = not variant.routed or self.top_k > 1
+            differs &= variant.copied or self.tokens * self.top_k >= MIN_COPIED_ROWS
+            differs &= variant.unsorted or self.tokens <= MAX_UNSORTED_TOKENS
+            if differs:
                 yield variant
 
     def choose_experts(self, seed: int) -> np.ndarray:

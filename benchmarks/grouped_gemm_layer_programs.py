@@ -12,6 +12,7 @@ from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import (
     MIN_COPIED_ROWS,
     Router,
+    few_rows_sm90,
     gather_sm90,
     mosaic_sm90,
     quantize_sm90,
@@ -19,7 +20,7 @@ from pallas_kernels.grouped_gemm import (
     route_sm90,
     sort_sm90,
 )
-from pallas_kernels.grouped_gemm.configs import config_for, quantized_config_for
+from pallas_kernels.grouped_gemm.configs import config_for, go_unsorted, quantized_config_for
 from pallas_kernels.grouped_gemm.quantize import quantize_rows_by_xla
 from pallas_kernels.grouped_gemm.route import route_tokens_by_xla
 from pallas_kernels.grouped_gemm.sort import sort_rows_by_xla
@@ -37,6 +38,8 @@ class Variant:
     """Whether the activation is part of the first product."""
     copied: bool = True
     """Whether many rows are gathered by the copy engine, not by XLA."""
+    unsorted: bool = True
+    """Whether a few tokens go to their experts in one launch for both products."""
     float8: bool = False
     routed: bool = False
     """Whether a router chooses the experts; else they are given."""
@@ -48,6 +51,7 @@ VARIANTS = (
     Variant(name="llmjax"),
     Variant(name="llmjax, activation apart", fused=False),
     Variant(name="llmjax, gather by XLA", copied=False),
+    Variant(name="llmjax, rows sorted", unsorted=False),
     Variant(name="llmjax, float8", float8=True),
     Variant(name="llmjax, sort by XLA", ordered_by_xla=True),
     Variant(name="llmjax, router and sort by XLA", routed=True, ordered_by_xla=True),
@@ -87,6 +91,11 @@ def route(x, router, count: int, variant: Variant) -> tuple[jax.Array, jax.Array
 def expert_layer(x, experts, gates, gate_up, down, *, variant: Variant, num_sms: int) -> jax.Array:
     """The gated sum over each token's experts."""
     groups = (gate_up.values if variant.float8 else gate_up).shape[1]
+    if _goes_unsorted(x, experts, gate_up, down, variant):
+        pairs = few_rows_sm90.expert_rows(
+            x, experts, gate_up, down, 0, activation="silu", num_sms=num_sms
+        )
+        return jnp.sum(pairs.astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
     sort = sort_rows_by_xla if variant.ordered_by_xla else sort_sm90.sort_rows
     order = sort(experts.reshape(-1), groups)
     multiply = partial(_multiply, sizes=order.sizes, num_sms=num_sms)
@@ -103,6 +112,16 @@ def expert_layer(x, experts, gates, gate_up, down, *, variant: Variant, num_sms:
     for choice in range(experts.shape[1]):
         sums += results[place[:, choice]] * gates[:, choice, None]
     return sums.astype(x.dtype)
+
+
+def _goes_unsorted(x, experts, gate_up, down, variant: Variant) -> bool:
+    if variant.float8 or not (variant.fused and variant.unsorted):
+        return False
+    try:
+        few_rows_sm90.check_covered(x, gate_up, down)
+    except NotImplementedError:
+        return False
+    return go_unsorted(*experts.shape, experts=gate_up.shape[1])
 
 
 def _gather(x, token, variant: Variant, num_sms: int) -> jax.Array | QuantizedRows:

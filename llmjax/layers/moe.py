@@ -15,7 +15,7 @@ from llmjax.parallel.collectives import axis_index, island
 from llmjax.parallel.dispatch_cost import ExpertLoad, choose_dispatch
 from llmjax.parallel.expert_dispatch import Dispatch, dispatch_experts
 from meshes import Rules
-from pallas_kernels import Router, grouped_gemm, route_tokens
+from pallas_kernels import Router, expert_rows, grouped_gemm, route_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +116,7 @@ class MoE(nnx.Module):
             itemsize=x.dtype.itemsize,
             max_num_tokens=options.max_num_tokens,
         )
+        compute = _ComputeExperts(self.config.activation, self.rules)
         with jax.named_scope("experts"):
             out = dispatch_experts(
                 x,
@@ -124,11 +125,12 @@ class MoE(nnx.Module):
                 weights,
                 expert_specs(weights, self.rules),
                 layer,
-                _ComputeExperts(self.config.activation, self.rules),
+                compute,
                 method=choose_method(options.method, load, self.rules),
                 max_num_tokens=options.max_num_tokens,
                 rules=self.rules,
                 scale_inputs=self.config.scale_inputs,
+                compute_unsorted=compute.unsorted,
             )
         return out if self.shared is None else out + self.shared(x)
 
@@ -242,19 +244,42 @@ class _ComputeExperts(NamedTuple):
         layer: Int[Array, ""],
     ) -> Float[Array, "rows embed"]:
         """Sums over this rank's part of the experts' features; the caller adds the parts."""
-        layers, experts, embed, _, ffn = weights.gate_up.shape
-        bias = weights.gate_up_bias
+        gate_up, bias = _flatten_parts(weights)
         hidden = grouped_gemm(
-            rows,
-            weights.gate_up.reshape(layers, experts, embed, 2 * ffn),
-            group_sizes,
-            layer,
-            bias=None if bias is None else bias.reshape(layers, experts, 2 * ffn),
-            activation=self.activation,
+            rows, gate_up, group_sizes, layer, bias=bias, activation=self.activation
         )
         out = grouped_gemm(hidden, weights.down, group_sizes, layer)
-        if weights.down_bias is not None:
-            # Ranks that share an expert add their results: one of them brings the bias.
-            first = axis_index(self.rules.axes("expert_ffn")) == 0
-            out = out + jnp.where(first, weights.down_bias[layer], 0)[expert_of_row]
-        return out
+        return self._add_down_bias(out, expert_of_row, weights, layer)
+
+    def unsorted(
+        self,
+        x: Float[Array, "tokens embed"],
+        experts: Int32[Array, "tokens top_k"],
+        weights: ExpertWeights,
+        layer: Int[Array, ""],
+    ) -> Float[Array, "tokens top_k embed"] | None:
+        """The same for a few tokens as they come; None where sorted rows are the better way."""
+        gate_up, bias = _flatten_parts(weights)
+        out = expert_rows(
+            x, experts, gate_up, weights.down, layer, gate_up_bias=bias, activation=self.activation
+        )
+        return out if out is None else self._add_down_bias(out, experts, weights, layer)
+
+    def _add_down_bias(
+        self, out: Array, experts: Array, weights: ExpertWeights, layer: Int[Array, ""]
+    ) -> Array:
+        if weights.down_bias is None:
+            return out
+        # Ranks that share an expert add their results: one of them brings the bias.
+        first = axis_index(self.rules.axes("expert_ffn")) == 0
+        return out + jnp.where(first, weights.down_bias[layer], 0)[experts]
+
+
+def _flatten_parts(weights: ExpertWeights) -> tuple[Array, Array | None]:
+    """The gates' columns and then those of what they gate, of the weights and of their bias."""
+    layers, experts, embed, _, ffn = weights.gate_up.shape
+    bias = weights.gate_up_bias
+    return (
+        weights.gate_up.reshape(layers, experts, embed, 2 * ffn),
+        None if bias is None else bias.reshape(layers, experts, 2 * ffn),
+    )

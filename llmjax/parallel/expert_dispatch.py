@@ -30,7 +30,7 @@ from llmjax.parallel.collectives import (
     psum_scatter,
 )
 from meshes import Rules
-from pallas_kernels import sort_rows
+from pallas_kernels import gather_rows, sort_rows
 
 Dispatch = Literal["allreduce", "allgather", "all_to_all"]
 Exchange = Literal["padded", "ragged"]
@@ -41,6 +41,12 @@ Compute = Callable[[Array, Array, Array, Any, Array], Array]
 
 Rows are sorted by slot; those past the last group are padding, and may come back as anything.
 Results are partial sums over the axes of expert_ffn.
+"""
+
+ComputeUnsorted = Callable[[Array, Array, Any, Array], Array | None]
+"""(x [tokens, embed], local_slots [tokens, top_k], params, layer) -> [tokens, top_k, embed].
+
+The same for tokens as they come, -1 for no slot; None where sorted rows are the better way.
 """
 
 
@@ -89,12 +95,14 @@ def dispatch_experts(
     max_num_tokens: int | None = None,
     scale_inputs: bool = False,
     exchange: Exchange = "padded",
+    compute_unsorted: ComputeUnsorted | None = None,
 ) -> Float[Array, "tokens embed"]:
     """The sum over each token's expert slots of gate times what the expert makes of the token.
 
     The slots of one token differ; -1 is no slot. `params` is a tree of [layers, slots, ...] with
     its PartitionSpecs. With `scale_inputs` the gates multiply what experts get, not what they give
-    (Llama 4). More than `max_num_tokens` tokens on a rank go in several rounds.
+    (Llama 4); otherwise `compute_unsorted`, if there is one, is asked first. More than
+    `max_num_tokens` tokens on a rank go in several rounds.
     """
     group = ExpertGroup.of(rules)
     num_slots = jax.tree.leaves(params)[0].shape[1] // rules.size("experts")
@@ -106,8 +114,13 @@ def dispatch_experts(
 
     def body(x: Array, slots: Array, gates: Array, params: Any, layer: Array) -> Array:
         def experts(tokens: Tokens) -> Array:
-            first = axis_index(group.experts) * num_slots
-            rows = sort_by_slot(tokens.slots - first, num_slots)
+            local = tokens.slots - axis_index(group.experts) * num_slots
+            held = (local >= 0) & (local < num_slots)
+            if compute_unsorted is not None and not scale_inputs:
+                pairs = compute_unsorted(tokens.x, jnp.where(held, local, -1), params, layer)
+                if pairs is not None:
+                    return add_pairs(tokens, pairs, held)
+            rows = sort_by_slot(local, num_slots)
             return run_rows(tokens, rows, params, layer, compute, scale_inputs)
 
         one_round = partial(send, experts=experts, group=group)
@@ -164,17 +177,28 @@ def run_rows(
     scale_inputs: bool,
 ) -> Float[Array, "tokens embed"]:
     """Runs this rank's experts on the rows and adds up those of each token."""
-    inputs = tokens.x[rows.token]
+    inputs = gather_rows(tokens.x, rows.token)
     if scale_inputs:
         scale = tokens.gates[rows.token, rows.choice].astype(jnp.float32)
         inputs = (inputs * scale[:, None]).astype(tokens.x.dtype)
     results = compute(inputs, rows.sizes, rows.slot, params, layer)
     # Gathered by pair, not scattered by row: the order of the sum is then always the same.
-    pairs = results[rows.row_of_pair].astype(jnp.float32)
-    if not scale_inputs:
-        pairs = pairs * tokens.gates[..., None]
-    # Whatever padding holds, NaN too, must not come near the sum.
-    return jnp.where(rows.held[..., None], pairs, 0).sum(1).astype(tokens.x.dtype)
+    return add_pairs(tokens, results[rows.row_of_pair], rows.held, gated=not scale_inputs)
+
+
+def add_pairs(
+    tokens: Tokens,
+    pairs: Float[Array, "tokens top_k embed"],
+    held: Shaped[Array, "tokens top_k"],
+    *,
+    gated: bool = True,
+) -> Float[Array, "tokens embed"]:
+    """The sum of what a token's held slots made of it, each times its gate if `gated`."""
+    wide = pairs.astype(jnp.float32)
+    if gated:
+        wide = wide * tokens.gates[..., None]
+    # Whatever stands in the place of others, NaN too, must not come near the sum.
+    return jnp.where(held[..., None], wide, 0).sum(1).astype(tokens.x.dtype)
 
 
 def _allreduce(tokens: Tokens, *, experts: Experts, group: ExpertGroup) -> Array:

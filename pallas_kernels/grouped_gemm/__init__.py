@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from pallas_kernels import reference
 from pallas_kernels.activation import ACTIVATIONS
-from pallas_kernels.grouped_gemm.configs import config_for, quantized_config_for
+from pallas_kernels.grouped_gemm.configs import config_for, go_unsorted, quantized_config_for
 from pallas_kernels.grouped_gemm.quantize import (
     QuantizedMatrices,
     QuantizedRows,
@@ -26,11 +26,12 @@ __all__ = [
     "QuantizedRows",
     "Router",
     "SortedRows",
+    "route_tokens",
+    "expert_rows",
     "gather_rows",
     "grouped_gemm",
     "quantize_matrices",
     "quantize_rows",
-    "route_tokens",
     "sort_rows",
 ]
 
@@ -75,14 +76,48 @@ def grouped_gemm(
         except NotImplementedError as error:
             if implementation is not None:
                 raise
-            _log_pick("reference", str(error))
+            _log_pick("grouped_gemm", "reference", str(error))
         else:
-            _log_pick("mosaic_sm90", f"on {device.device_kind}")
+            _log_pick("grouped_gemm", "mosaic_sm90", f"on {device.device_kind}")
             return kernel(lhs, rhs, group_sizes, layer, **options)
     if isinstance(lhs, QuantizedRows) and isinstance(rhs, QuantizedMatrices):
         return reference.quantized_grouped_gemm(*lhs, *rhs, group_sizes, layer, **options)
     assert not isinstance(lhs, QuantizedRows) and not isinstance(rhs, QuantizedMatrices)
     return reference.grouped_gemm(lhs, rhs, group_sizes, layer, **options)
+
+
+def expert_rows(
+    x: Float[Array, "tokens embed"],
+    experts: Int[Array, "tokens choices"],
+    gate_up: Float[Array, "layers experts embed two_ffn"],
+    down: Float[Array, "layers experts ffn embed"],
+    layer: Int[Array, ""] | int,
+    *,
+    gate_up_bias: Float[Array, "layers experts two_ffn"] | None = None,
+    activation: str,
+) -> Float[Array, "tokens choices embed"] | None:
+    """What each of a token's experts makes of it, both products in one launch, for a few tokens.
+
+    Negative experts are none, and what stands in their place is unspecified. The columns of
+    `gate_up`, its bias and the `activation` are those of `grouped_gemm`; so are the results.
+
+    None where sorted rows and two calls of `grouped_gemm` are the better way: for more tokens or
+    few experts, for shapes that the kernel does not cover, and off a Hopper GPU.
+    """
+    device = backend.get_default_device()
+    if not go_unsorted(*experts.shape, experts=gate_up.shape[1]) or not _is_hopper(device):
+        return None
+    from pallas_kernels.grouped_gemm import few_rows_sm90
+
+    try:
+        few_rows_sm90.check_covered(x, gate_up, down)
+    except NotImplementedError:
+        return None
+    _log_pick("expert_rows", "few_rows_sm90", f"on {device.device_kind}")
+    return few_rows_sm90.expert_rows(
+        x, experts, gate_up, down, layer,
+        gate_up_bias=gate_up_bias, activation=activation, num_sms=device.core_count,
+    )  # fmt: skip
 
 
 def route_tokens(
@@ -206,5 +241,5 @@ def _is_hopper(device: Any) -> bool:
 
 
 @functools.cache
-def _log_pick(implementation: str, reason: str) -> None:
-    logging.getLogger(__name__).info("grouped_gemm runs as %s: %s", implementation, reason)
+def _log_pick(operation: str, implementation: str, reason: str) -> None:
+    logging.getLogger(__name__).info("%s runs as %s: %s", operation, implementation, reason)

@@ -53,6 +53,17 @@ QUANTIZED = {
 """The same for float8; a step is 128 elements deep, one block of scales."""
 
 
+MAX_UNSORTED_TOKENS = 4
+"""Tokens up to which one launch for both products beats sorted rows and a launch for each."""
+EXPERTS_A_ROW = 4
+"""Experts that there must be for each row: rows that share one would read its weights again."""
+
+
+def go_unsorted(tokens: int, choices: int, *, experts: int) -> bool:
+    """Whether so few tokens go to their choices of experts in one launch, see `few_rows_sm90`."""
+    return tokens <= MAX_UNSORTED_TOKENS and EXPERTS_A_ROW * tokens * choices <= experts
+
+
 def config_for(
     *, rows: int, groups: int, k: int, n: int, num_sms: int, gated: bool = False
 ) -> TileConfig:

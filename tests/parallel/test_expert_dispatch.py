@@ -97,6 +97,14 @@ def compute(rows, group_sizes, slot_of_row, params, layer):
     return jnp.where(real[:, None], out, jnp.nan)
 
 
+def compute_unsorted(x, slots, params, layer):
+    """The same pair by pair; pairs without a slot come back as NaN."""
+    up, bias, down = (params[name][layer, slots] for name in ("up", "bias", "down"))
+    hidden = jax.nn.relu(jnp.einsum("te,tkef->tkf", x, up) + bias)
+    out = jnp.einsum("tkf,tkfe->tke", hidden, down)
+    return jnp.where(slots[..., None] >= 0, out, jnp.nan)
+
+
 layer_on = cache(Layer)
 
 
@@ -221,6 +229,19 @@ def test_experts_may_lie_over_data_replicas_too(plan, method):
     layer = Layer(plan, rules=WideRules(plan))
     for kind in ("random", "one rank"):
         check(layer, method, routing(kind, 16, layer.slots_a_rank), kind=kind)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_few_tokens_may_go_to_their_slots_unsorted(method):
+    layer = layer_on(ParallelPlan(ep=4, tp=2))
+    asked = []
+
+    def unsorted(*arguments):
+        asked.append(arguments)
+        return compute_unsorted(*arguments)
+
+    check(layer, method, routing("random", 16, layer.slots_a_rank), compute_unsorted=unsorted)
+    assert asked
 
 
 @pytest.mark.parametrize("method", METHODS)
