@@ -93,10 +93,12 @@ SHAPES = (
     *(Shape(rows=rows, context=4096, heads=64, d=64) for rows in (16, 64, 256)),
     Shape(rows=64, context=4096, heads=64, d=64, window=128, sinks=True),
     Shape(rows=64, context=32768, window=4096),
-    *(Shape(rows=64, context=4096, d=d) for d in (80, 96, 112)),
+    *(Shape(rows=64, context=4096, d=d) for d in (80, 96, 112, 192, 256)),
     *(Shape(rows=rows, context=4096, float8=True) for rows in (1, 16, 64, 256)),
     Shape(rows=64, context=32768, float8=True),
     Shape(rows=64, context=4096, heads=64, d=64, float8=True),
+    Shape(rows=64, context=4096, heads=64, d=64, window=128, sinks=True, float8=True),
+    Shape(rows=64, context=32768, window=4096, float8=True),
 )
 TUNED = (SHAPES[0], *SHAPES[2:3], *SHAPES[5:6], *SHAPES[11:12], *SHAPES[13:14])
 CANDIDATES = {

@@ -94,10 +94,7 @@ def _attend_whole(
     options: dict[str, Any],
 ) -> tuple[Float[Array, "tokens heads value_dim"], tuple[Array, ...]]:
     """Attention of a rank that has all tokens and all pages of its sequences."""
-    pages = tuple(
-        store_rows(held, layer, rows, placement.slots)
-        for held, rows in zip(pages, new, strict=True)
-    )
+    pages = store_rows(pages, layer, new, placement.slots)
     starts, lengths = placement.prefill_start[0], placement.lengths[0]
     decodes = lengths.shape[0] - (starts.shape[0] - 1)
 

@@ -178,10 +178,7 @@ class ContextAttention:
     def _store(self, new: Sequence[Array], tokens: Array | np.ndarray) -> None:
         """Stores the keys and values of these tokens of the batch rank that are this rank's."""
         slots = self.deal.own(self.placement.all_slots[0, tokens], self.rank)
-        self.pages = tuple(
-            store_rows(held, self.layer, rows, slots)
-            for held, rows in zip(self.pages, new, strict=True)
-        )
+        self.pages = store_rows(self.pages, self.layer, new, slots)
 
     def _prefills_of(self, rank: Array | int) -> Array:
         return jnp.asarray(self.tokens.held[:, self.tokens.own_decodes :])[rank]

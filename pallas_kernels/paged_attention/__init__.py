@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +12,6 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import reference
 from pallas_kernels.paged_attention.configs import decode_config, mla_config, prefill_config
 from pallas_kernels.paged_attention.limits import first_visible, keys_before, pack_limits
-from pallas_kernels.reference import store_rows
 
 __all__ = ["paged_attention", "store_rows"]
 
@@ -121,6 +121,32 @@ def paged_attention(
         first_page=first_page,
         **options,
     )
+
+
+def store_rows(
+    pools: Sequence[Float[Array, "layers pages page kv_heads _"]],
+    layer: Int[Array, ""] | int,
+    rows: Sequence[Float[Array, "tokens kv_heads _"]],
+    slots: Int[Array, "tokens"],
+) -> tuple[Array, ...]:
+    """Stores a row of each array for each token at slots = page * page_size + offset, -1 nowhere.
+
+    Slots differ, but for -1. Donated pools are written in place, by the Hopper kernel where
+    it can run.
+    """
+    try:
+        device = _hopper_device()
+        from pallas_kernels.paged_attention import store_sm90
+
+        stored = store_sm90.store_rows(pools, layer, rows, slots, num_sms=device.core_count)
+    except NotImplementedError as error:
+        _log_pick("reference", f"stores rows: {error}")
+        return tuple(
+            reference.store_rows(pool, layer, row, slots)
+            for pool, row in zip(pools, rows, strict=True)
+        )
+    _log_pick("store_sm90", f"on {device.device_kind}")
+    return stored
 
 
 def _hopper_device() -> Any:

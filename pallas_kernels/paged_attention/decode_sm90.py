@@ -241,6 +241,7 @@ def _decode_kernel(shape: DecodeShape, names: tuple[str, ...], *all_refs: Any) -
         lengths=refs.lengths,
         limits=refs.limits,
         lows=refs.lows,
+        by_lanes=config.inlined,
     )
     saved = None
     if config.synchronize:

@@ -17,14 +17,19 @@ def pack_limits(window: Array | int | None, chunk: Array | int | None) -> Int[Ar
 
 def first_visible(position: Array, limits: Any) -> Array:
     """Returns the first position that queries see; `limits` may be a reference in a kernel."""
-    window, chunk = limits[0], limits[1]
-    # Without a limit, one that reaches further back than any position.
-    furthest = jnp.int32(2**30)
-    window = jnp.where(window > 0, window, furthest)
-    chunk = jnp.where(chunk > 0, chunk, furthest)
+    window, chunk = unlimited(limits)
     position = jnp.maximum(position, 0)
     in_chunk = lax.div(position, jnp.broadcast_to(chunk, position.shape)) * chunk
     return jnp.maximum(position - window + 1, in_chunk)
+
+
+def unlimited(limits: Any) -> tuple[Array, Array]:
+    """Returns a window and a chunk that reach further back than any position where none is."""
+    furthest = jnp.int32(2**30)
+    if limits is None:
+        return furthest, furthest
+    window, chunk = (jnp.where(limits[i] > 0, limits[i], furthest) for i in range(2))
+    return window, chunk
 
 
 def keys_before(

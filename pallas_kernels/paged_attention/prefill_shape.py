@@ -23,8 +23,9 @@ class PrefillConfig:
     """Positions of a tile of keys and values."""
     stages: int = 2
     """Tiles of keys and values that a block holds in shared memory."""
-    in_registers: bool = True
-    """Whether weights and sums stay in registers: the interpreter knows no such products."""
+    inlined: bool = True
+    """Whether weights and sums stay in registers and warps copy apart: the interpreter knows
+    neither such products nor warps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -179,7 +179,7 @@ def _launch(
                 operands[f"{name}_pages"].dtype,
                 swizzle=shape.stored_swizzle(features),
             )
-    if not config.in_registers:
+    if not config.inlined:
         scratch["weights_shared"] = value_tiles((WARPGROUPS, WARPGROUP_ROWS, kv_block))
     out, lse = plgpu.kernel(
         functools.partial(_prefill_kernel, shape, (*operands, *results, *scratch)),

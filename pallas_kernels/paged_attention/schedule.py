@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.paged_attention.limits import first_visible
+from pallas_kernels.paged_attention.limits import first_visible, unlimited
+from pallas_kernels.paged_attention.schedule_lanes import MOST_ROWS, place_share
 
 
 class Segment(NamedTuple):
@@ -70,6 +71,8 @@ class Schedule:
     """Tiles of a share."""
     begin: Array
     end: Array
+    last: tuple[Array, Array] | None = None
+    """The row of the share's last tile and the tiles of all rows before it, where known."""
 
     def low(self, row: Array, length: Array) -> Array:
         """Returns the first position that the query of a row of `length` positions sees."""
@@ -130,6 +133,8 @@ class Schedule:
 
     def _last_row(self) -> tuple[Array, Array]:
         """Returns the row that holds the share's last tile, and the tiles of all rows before it."""
+        if self.last is not None:
+            return self.last
 
         def unfinished(state: tuple[Array, ...]) -> Array:
             index, _, _, seen = state
@@ -180,8 +185,12 @@ def plan_share(
     lengths: Any,
     limits: Any,
     lows: Any = None,
+    by_lanes: bool = False,
 ) -> Schedule:
-    """Returns the schedule of one of `shares` shares of at least `min_tiles` tiles."""
+    """Returns the schedule of one of `shares` shares of at least `min_tiles` tiles.
+
+    Lanes may work it out for not too many rows, of which the interpreter knows nothing.
+    """
     zero = jnp.int32(0)
     schedule = Schedule(
         rows=rows,
@@ -194,6 +203,17 @@ def plan_share(
         begin=zero,
         end=zero,
     )
+    if by_lanes and lows is None and rows <= MOST_ROWS:
+        size, begin, end, *last = place_share(
+            share,
+            lengths,
+            *unlimited(limits),
+            rows=rows,
+            tile=tile,
+            shares=shares,
+            min_tiles=min_tiles,
+        )
+        return dataclasses.replace(schedule, size=size, begin=begin, end=end, last=tuple(last))
     total = schedule.total()
     size = jnp.maximum(pl.cdiv(total, jnp.int32(shares)), min_tiles)
     begin = share * size

@@ -7,7 +7,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -43,17 +42,22 @@ def store_rows(
     at_once = max(1, at_once)
     chunks = -(-tokens // at_once)
     blocks = min(num_sms, chunks)
-    references = [jax.new_ref(pool) for pool in pools]
     scratch = [plgpu.SMEM((STAGES, at_once, *row.shape[1:]), row.dtype) for row in rows]
-    plgpu.kernel(
+    kernel = plgpu.kernel(
         functools.partial(_store_kernel, len(pools), tokens, at_once, chunks, blocks),
         scratch_types=[*scratch, plgpu.Barrier(num_barriers=STAGES, num_arrivals=len(pools))],
         grid=(blocks,),
         grid_names=("block",),
         kernel_name="store_rows",
         interpret=interpret,
-    )(*references, *rows, jnp.asarray(layer, jnp.int32).reshape(1), slots)
-    return tuple(reference[...] for reference in references)
+    )
+    number = jnp.asarray(layer, jnp.int32).reshape(1)
+
+    def store(references: tuple[Any, ...]) -> None:
+        kernel(*references, *rows, number, slots)
+
+    stored: Any = pl.run_state(store)(tuple(pools))
+    return tuple(stored)
 
 
 def _check(pools: Sequence[Array]) -> None:

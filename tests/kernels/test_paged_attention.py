@@ -342,3 +342,17 @@ def test_decode_kernel_reads_the_end_of_a_pool_of_more_than_two_to_the_31_elemen
     )
     with jax.default_matmul_precision("highest"):
         assert_equal_attention(got, expected(case))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, FLOAT8])
+@pytest.mark.parametrize("rows", [33, 300, 600])
+def test_decode_kernel_finds_its_share_of_many_rows_on_the_gpu(rows, dtype):
+    lengths = np.random.default_rng().integers(0, 300, rows).tolist()
+    case = decode_case(lengths, heads=16, kv_heads=2, page=32, dtype=dtype)
+    arguments = *case[:5], jnp.arange(rows + 1), case[5]
+    run = functools.partial(pallas_kernels.paged_attention, implementation="decode_sm90")
+    for options in ({}, dict(window=jnp.int32(70), chunk=jnp.int32(128), soft_cap=3.0)):
+        kernel = functools.partial(run, scale=0.125, max_query_length=1, **options)
+        with jax.default_matmul_precision("highest"):
+            assert_equal_attention(jax.jit(kernel)(*arguments), expected(case, **options))
