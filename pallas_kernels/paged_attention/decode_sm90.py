@@ -4,9 +4,10 @@ Blocks take equal shares of the cached positions of all rows, see `schedule`. Ea
 many blocks as there are KV heads: they read the same pages at the same time. A block that holds a
 part of a row, but not its end, saves its sums; the block with the row's end merges them.
 
-A block is two warpgroups: one copies tiles to shared memory, one computes on them. Scores are
-computed transposed, keys by queries: positions fill the 64 rows of a wgmma tile and the query heads
-of one KV head its columns, of which 8 is the least, not 64.
+A block is two warpgroups: one copies tiles to shared memory, one computes on them. Pages of float8
+take longer to compute on: there two warpgroups do, in turns. Scores are computed transposed, keys by
+queries: positions fill the 64 rows of a wgmma tile and the query heads of one KV head its columns,
+of which 8 is the least, not 64.
 """
 
 import functools
@@ -20,27 +21,16 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_attention.decode_load import load_tiles
+from pallas_kernels.paged_attention.decode_segments import clear_unused, compute_segments
 from pallas_kernels.paged_attention.decode_shape import (
     REDUCED,
     DecodeConfig,
     DecodeRefs,
     DecodeShape,
 )
-from pallas_kernels.paged_attention.decode_softmax import (
-    Softmax,
-    attend,
-    full,
-    hand_over,
-    merge,
-    save,
-    store,
-    take_over,
-    write,
-    write_out,
-)
 from pallas_kernels.paged_attention.float8 import as_wide, pack_scales
 from pallas_kernels.paged_attention.limits import pack_limits
-from pallas_kernels.paged_attention.schedule import Schedule, Segment, plan_share
+from pallas_kernels.paged_attention.schedule import plan_share
 from pallas_kernels.paged_attention.swizzle import NARROWEST, swizzled_features
 from pallas_kernels.paged_attention.tiles import tiled
 
@@ -263,93 +253,7 @@ def _decode_kernel(shape: DecodeShape, names: tuple[str, ...], *all_refs: Any) -
 
         @pl.when(warpgroup == 0)
         def _():
-            _clear_unused(shape, own, share, head)
+            clear_unused(shape, own, share, head)
 
-        _compute_segments(shape, own, schedule, warpgroup, share, head, saved)
+        compute_segments(shape, own, schedule, warpgroup, share, head, saved)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _compute_segments(
-    shape: DecodeShape,
-    refs: DecodeRefs,
-    schedule: Schedule,
-    warpgroup: Array,
-    share: Array,
-    head: Array,
-    saved: Any,
-) -> None:
-    """Computes the block's segments: rows that end in it are written, a part of another is saved.
-
-    Where two warpgroups compute, the one that has the last tile of a segment does that.
-
-    It waits for earlier blocks only, which the chip starts first, so that no order can deadlock.
-    """
-
-    def block_of(other: Array) -> Array:
-        return other * shape.kv_heads + head
-
-    def finish_segment(segment: Segment, part: Softmax) -> None:
-        index = segment.row * shape.kv_heads + head
-
-        @pl.when(segment.ends & segment.starts)
-        def _():
-            write(shape, refs, index, part)
-
-        @pl.when(segment.ends & jnp.logical_not(segment.starts))
-        def _():
-            first_share = lax.div(segment.base, schedule.size)
-            if saved is not None:
-                parts = share - first_share
-                plgpu.semaphore_wait(saved.at[block_of(share)], parts, memory_scope="gpu")
-            write(shape, refs, index, merge(shape, refs, part, first_share, share, block_of))
-
-        @pl.when(jnp.logical_not(segment.ends))
-        def _():
-            save(refs, block_of(share), part)
-            if saved is not None:
-                last_share = lax.div(segment.base + segment.tiles - 1, schedule.size)
-                plgpu.semaphore_signal(saved.at[block_of(last_share)], memory_scope="gpu")
-
-    def compute_segment(carry: tuple[Array, ...], segment: Segment) -> tuple[Array, ...]:
-        tiles, segments, handed = carry
-        q_slot = lax.rem(segments, 2)
-        plgpu.barrier_wait(refs.q_full.at[q_slot])
-        queries = refs.q_shared.at[q_slot]
-        count = shape.tiles(segment.count)
-        if shape.config.computers == 1:
-            part = attend(shape, refs, segment, tiles, queries)
-            plgpu.barrier_arrive(refs.q_free.at[q_slot])
-            finish_segment(segment, part)
-        else:
-            first = lax.rem(tiles + warpgroup, 2)
-            part = attend(shape, refs, segment, tiles, queries, first=first)
-            plgpu.barrier_arrive(refs.q_free.at[q_slot])
-            is_last = lax.rem(tiles + count - 1 + warpgroup, 2) == 0
-            shared = count > 1
-            hand_over(refs, part, shared, is_last, handed)
-
-            @pl.when(is_last)
-            def _():
-                whole = take_over(shape, refs, part, shared)
-                finish_segment(segment, whole)
-
-            handed += shared.astype(jnp.int32)
-        return tiles + count, segments + 1, handed
-
-    schedule.for_each_segment(compute_segment, (jnp.int32(0),) * 3)
-
-
-def _clear_unused(shape: DecodeShape, refs: DecodeRefs, share: Array, head: Array) -> None:
-    """Writes 0 and -inf for the rows of length 0, which have no tiles."""
-
-    def clear_row(index: Array, _: None) -> None:
-        row = share + index * shape.shares
-
-        @pl.when(refs.lengths[row] == 0)
-        def _():
-            slot = row * shape.kv_heads + head
-            zeros = full((shape.value_rows, shape.columns), 0.0, refs.out.dtype)
-            write_out(shape, refs, slot, zeros)
-            store(refs.lse.at[slot], full((shape.columns,), -jnp.inf))
-
-    lax.fori_loop(0, pl.cdiv(shape.rows - share, jnp.int32(shape.shares)), clear_row, None)
