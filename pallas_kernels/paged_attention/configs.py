@@ -10,6 +10,8 @@ from pallas_kernels.paged_attention.prefill_shape import PrefillConfig
 
 SHARED_BYTES = 220 * 1024
 """Shared memory of a block for tiles and operands; the rest is for barriers and reductions."""
+MERGED = 16
+"""Parts of a row that are merged at once: more make a longer program, which starts later."""
 PREFILL_SHARED_BYTES = 224 * 1024
 """The same for prefill, which reduces in registers alone."""
 TILE_BYTES = 64 * 1024
@@ -38,6 +40,7 @@ def decode_config(
         kv_block=kv_block,
         stages=stages - stages % computers,
         computers=computers,
+        merge_registers=min(128, MERGED * columns * dv // 128),
     )
 
 

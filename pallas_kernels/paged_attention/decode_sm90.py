@@ -5,9 +5,9 @@ many blocks as there are KV heads: they read the same pages at the same time. A 
 part of a row, but not its end, saves its sums; the block with the row's end merges them.
 
 A block is two warpgroups: one copies tiles to shared memory, one computes on them. Pages of float8
-take longer to compute on: there two warpgroups do, in turns. Scores are computed transposed, keys by
-queries: positions fill the 64 rows of a wgmma tile and the query heads of one KV head its columns,
-of which 8 is the least, not 64.
+take longer to compute on: there two warpgroups do, in turns. Scores are computed transposed, keys
+by queries: positions fill the 64 rows of a wgmma tile and the query heads of one KV head its
+columns, of which 8 is the least, not 64.
 """
 
 import functools
