@@ -292,9 +292,20 @@ def test_a_machine_without_a_hopper_gpu_runs_the_reference():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("page", [16, 64, 128])
 @pytest.mark.parametrize(
-    "d, dv", [(64, 64), (128, 128), (80, 80), (96, 96), (112, 112), (192, 128)]
+    "d, dv, page",
+    [
+        (64, 64, 16),
+        (80, 80, 64),
+        (96, 96, 128),
+        (112, 112, 16),
+        (128, 128, 16),
+        (128, 128, 32),
+        (128, 128, 64),
+        (128, 128, 128),
+        (192, 128, 64),
+        (256, 256, 64),
+    ],
 )
 def test_decode_kernel_agrees_with_float32_on_the_gpu(d, dv, page):
     lengths = [page * 31, 0, 1, page - 1, page, page + 1]
@@ -307,8 +318,10 @@ def test_decode_kernel_agrees_with_float32_on_the_gpu(d, dv, page):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("page", [16, 64])
-@pytest.mark.parametrize("heads, d, dv", [(32, 128, 128), (64, 64, 64), (8, 96, 96), (8, 192, 128)])
+@pytest.mark.parametrize(
+    "heads, d, dv, page",
+    [(32, 128, 128, 16), (32, 128, 128, 64), (64, 64, 64, 64), (8, 96, 96, 32), (8, 192, 128, 16)],
+)
 def test_decode_kernel_reads_pages_of_float8_on_the_gpu(heads, d, dv, page):
     lengths = [page * 31, 0, 1, page - 1, page, page + 1]
     case = decode_case(lengths, heads=heads, kv_heads=8, d=d, dv=dv, page=page, dtype=FLOAT8)
@@ -345,8 +358,9 @@ def test_decode_kernel_reads_the_end_of_a_pool_of_more_than_two_to_the_31_elemen
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, FLOAT8])
-@pytest.mark.parametrize("rows", [33, 300, 600])
+@pytest.mark.parametrize(
+    "rows, dtype", [(33, jnp.bfloat16), (300, jnp.bfloat16), (300, FLOAT8), (600, jnp.bfloat16)]
+)
 def test_decode_kernel_finds_its_share_of_many_rows_on_the_gpu(rows, dtype):
     lengths = np.random.default_rng().integers(0, 300, rows).tolist()
     case = decode_case(lengths, heads=16, kv_heads=2, page=32, dtype=dtype)

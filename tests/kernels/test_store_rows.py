@@ -11,6 +11,8 @@ from kernel_checks import LAYER, PAGE, assert_lowers_for_cuda
 from pallas_kernels import reference
 from pallas_kernels.paged_attention import store_sm90
 
+FLOAT8 = jnp.float8_e4m3fn
+
 
 def store_case(tokens: int, *, kv_heads=2, d=64, dtype: Any = jnp.bfloat16, seed=0) -> Any:
     """Two pools, rows for them, and slots of which some are nowhere."""
@@ -38,7 +40,7 @@ def test_rows_are_stored_where_their_slots_are(tokens, num_sms):
     assert not gpu_callbacks.get_races().races_found
 
 
-@pytest.mark.parametrize("tokens, dtype", [(1, jnp.bfloat16), (300, jnp.float8_e4m3fn)])
+@pytest.mark.parametrize("tokens, dtype", [(1, jnp.bfloat16), (300, FLOAT8)])
 def test_storing_lowers_for_cuda(tokens, dtype):
     pools, layer, rows, slots = store_case(tokens, kv_heads=8, d=128, dtype=dtype)
 
@@ -54,8 +56,9 @@ def test_rows_that_do_not_fit_a_copy_are_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 64, 1000, 5000])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize(
+    "tokens, dtype", [(1, jnp.bfloat16), (64, jnp.bfloat16), (5000, jnp.bfloat16), (1000, FLOAT8)]
+)
 def test_rows_are_stored_in_place_on_the_gpu(tokens, dtype):
     case = store_case(tokens, kv_heads=8, d=128, dtype=dtype)
     pools, layer, rows, slots = case
