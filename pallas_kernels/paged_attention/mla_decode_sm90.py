@@ -4,10 +4,10 @@ Values are the first features of the keys, so that a tile is read once for both 
 query heads or more the tensor cores are the bound, not the memory. Blocks take equal shares of the
 cached positions of all rows, see `schedule`, each 64 query heads of them.
 
-A block is four warpgroups: one copies tiles to shared memory, one computes scores and weights, and
-two sum up half of the value features each, because the sums of all of them would not fit in the
-registers of one. So the tensor cores have the values of one tile to work on while the weights of
-the next are computed (as FlashMLA has it, with another division of the work).
+A block is three warpgroups: one copies tiles to shared memory, two compute. No thread could hold
+the sums of all 512 value features, so each of these has half of them, of all tiles, and computes
+the weights of every other tile, which the other reads from shared memory. So the tensor cores work
+for one while the other turns scores into weights: the idea is FlashMLA's (DeepSeek, 2025).
 """
 
 import functools
@@ -22,27 +22,25 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_attention.mla_load import load_tiles
 from pallas_kernels.paged_attention.mla_parts import Parts
-from pallas_kernels.paged_attention.mla_scores import weigh_tiles
 from pallas_kernels.paged_attention.mla_shape import (
-    CHUNKS,
     HEADS,
     KV_BLOCK,
     ROPE,
-    SUMMERS,
+    SIDES,
     MlaConfig,
     MlaRefs,
     MlaShape,
 )
-from pallas_kernels.paged_attention.mla_values import sum_values
+from pallas_kernels.paged_attention.mla_sides import attend_side
 from pallas_kernels.paged_attention.rows import full, store
 from pallas_kernels.paged_attention.schedule import plan_share
 from pallas_kernels.paged_attention.swizzle import swizzled_features
 from pallas_kernels.paged_attention.tiles import tiled
 
-SCORES, LOAD = SUMMERS, SUMMERS + 1
-"""Warpgroups, after those that sum up values."""
-SUM_REGISTERS, SCORE_REGISTERS, LOAD_REGISTERS = 176, 120, 40
-"""Registers of a thread: the 512 that four warpgroups start with."""
+LOAD = SIDES
+"""The warpgroup after those that compute."""
+COMPUTE_REGISTERS, LOAD_REGISTERS = 232, 40
+"""Registers of a thread: the 504 that three warpgroups start with."""
 
 
 def mla_decode(
@@ -111,7 +109,6 @@ def _check(q: Array, pages: Array, value_dim: int, config: MlaConfig) -> None:
         ),
         f"pages of {page}; it takes powers of 2 from 16 on": page < 16 or page & (page - 1),
         f"a pool of {pool} positions in all layers; it takes fewer than 2^31": pool >= 2**31,
-        f"{config.stages} stages; it needs 2 to load ahead": config.stages < 2,
     }
     for problem, present in problems.items():
         if present:
@@ -119,35 +116,32 @@ def _check(q: Array, pages: Array, value_dim: int, config: MlaConfig) -> None:
 
 
 def _launch(shape: MlaShape, operands: dict[str, Array], interpret: Any) -> tuple[Array, Array]:
-    config, dtype = shape.config, operands["q"].dtype
+    dtype = operands["q"].dtype
     blocks, slots = shape.shares * shape.head_blocks, shape.rows * shape.head_blocks
-    wide, stages = jnp.float32, config.stages
+    wide = jnp.float32
     results = {
         "out": jax.ShapeDtypeStruct((slots, HEADS, shape.dv), dtype),
         "lse": jax.ShapeDtypeStruct((slots, HEADS), wide),
         "sums": jax.ShapeDtypeStruct((2 * blocks, HEADS, shape.dv), wide),
-        "highest": jax.ShapeDtypeStruct((2 * blocks, HEADS), wide),
-        "totals": jax.ShapeDtypeStruct((2 * blocks, HEADS), wide),
+        "saved_lse": jax.ShapeDtypeStruct((2 * blocks, HEADS), wide),
     }
-    tiles = functools.partial(tiled, dtype=dtype, swizzle=swizzled_features(shape.chunk))
+    tiles = functools.partial(tiled, dtype=dtype, swizzle=swizzled_features(ROPE))
     scratch = {
-        "q_latent": tiles((CHUNKS, HEADS, shape.chunk)),
+        "q_latent": tiles((SIDES, HEADS, shape.half)),
         "q_rope": tiles((HEADS, ROPE)),
-        "latent": tiles((stages, CHUNKS, KV_BLOCK, shape.chunk)),
-        "rope": tiles((stages, KV_BLOCK, ROPE)),
-        "keep": plgpu.SMEM((stages, HEADS), wide),
-        "inverse": plgpu.SMEM((HEADS,), wide),
-        "q_full": plgpu.Barrier(num_arrivals=CHUNKS + 1),
-        "q_free": plgpu.Barrier(),
-        "latent_full": plgpu.Barrier(num_barriers=stages * CHUNKS, num_arrivals=shape.copies),
-        "latent_free": plgpu.Barrier(num_barriers=stages * CHUNKS),
-        "rope_full": plgpu.Barrier(num_barriers=stages, num_arrivals=shape.copies),
-        "rope_free": plgpu.Barrier(num_barriers=stages, num_arrivals=SUMMERS),
-        "keep_full": plgpu.Barrier(num_barriers=stages),
-        "weights_full": plgpu.Barrier(num_barriers=stages),
-        "inverse_full": plgpu.Barrier(),
-        "inverse_free": plgpu.Barrier(num_arrivals=SUMMERS),
-        "block_saved": plgpu.Barrier(num_arrivals=SUMMERS + 1),
+        "latent": tiles((SIDES, SIDES, KV_BLOCK, shape.half)),
+        "rope": tiles((SIDES, KV_BLOCK, ROPE)),
+        "highest": plgpu.SMEM((SIDES, HEADS), wide),
+        "totals": plgpu.SMEM((2, SIDES, HEADS), wide),
+        "q_full": plgpu.Barrier(num_arrivals=SIDES + 1),
+        "q_free": plgpu.Barrier(num_arrivals=SIDES),
+        "latent_full": plgpu.Barrier(num_barriers=SIDES * SIDES, num_arrivals=shape.copies),
+        "latent_free": plgpu.Barrier(num_barriers=SIDES * SIDES),
+        "rope_full": plgpu.Barrier(num_barriers=SIDES, num_arrivals=shape.copies),
+        "rope_free": plgpu.Barrier(num_barriers=SIDES, num_arrivals=SIDES),
+        "weights_full": plgpu.Barrier(num_barriers=SIDES),
+        "totals_full": plgpu.Barrier(num_barriers=SIDES),
+        "block_saved": plgpu.Barrier(num_arrivals=SIDES),
     }
     out, lse, *_ = plgpu.kernel(
         functools.partial(_mla_kernel, shape, (*operands, *results, *scratch)),
@@ -155,7 +149,7 @@ def _launch(shape: MlaShape, operands: dict[str, Array], interpret: Any) -> tupl
         scratch_types=list(scratch.values()),
         grid=(shape.shares, shape.head_blocks),
         grid_names=("share", "head_block"),
-        num_threads=SUMMERS + 2,
+        num_threads=SIDES + 1,
         thread_name="warpgroup",
         kernel_name="mla_decode",
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -168,16 +162,17 @@ def _mla_kernel(shape: MlaShape, names: tuple[str, ...], *all_refs: Any) -> None
     refs, config = MlaRefs(**dict(zip(names, all_refs, strict=True))), shape.config
     share, head_block = lax.axis_index("share"), lax.axis_index("head_block")
     warpgroup = lax.axis_index("warpgroup")
-    schedule = plan_share(
-        share,
-        shape.shares,
-        rows=shape.rows,
-        tile=KV_BLOCK,
-        at_once=16,
-        min_tiles=config.min_tiles,
-        lengths=refs.lengths,
-        limits=None,
-    )
+    with jax.named_scope("plan"):
+        schedule = plan_share(
+            share,
+            shape.shares,
+            rows=shape.rows,
+            tile=KV_BLOCK,
+            at_once=32,
+            min_tiles=config.min_tiles,
+            lengths=refs.lengths,
+            limits=None,
+        )
     saved = None
     if config.synchronize:
         saved = pl.get_global(plgpu.SemaphoreType.REGULAR((shape.shares * shape.head_blocks,)))
@@ -188,18 +183,15 @@ def _mla_kernel(shape: MlaShape, names: tuple[str, ...], *all_refs: Any) -> None
     @pl.when(warpgroup == LOAD)
     def _():
         plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+        _clear_unused(shape, refs, share, head_block)
         load_tiles(shape, refs, schedule, head_block)
 
-    @pl.when(warpgroup == SCORES)
-    def _():
-        plgpu.set_max_registers(SCORE_REGISTERS, action="decrease")
-        _clear_unused(shape, refs, share, head_block)
-        weigh_tiles(shape, refs, schedule, head_block, parts)
+    for own in range(SIDES):
 
-    @pl.when(warpgroup < SUMMERS)
-    def _():
-        plgpu.set_max_registers(SUM_REGISTERS, action="increase")
-        sum_values(shape, refs, schedule, head_block, parts)
+        @pl.when(warpgroup == own)
+        def _(own=own):
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            attend_side(shape, refs, schedule, head_block, parts, own=own)
 
 
 def _clear_unused(shape: MlaShape, refs: MlaRefs, share: Array, head_block: Array) -> None:

@@ -1,8 +1,9 @@
 """Rows of latent attention that several blocks share: what each saves, and who merges it.
 
-Every block that has a part of a row saves it, waits for the others, and merges some of the
-features. So the merge of a long row is spread over as many multiprocessors as its positions were.
-They must all run at the same time, which one block a multiprocessor does.
+A part is saved as the attention over its positions alone, and the log-sum-exp of these. Every block
+that has a part of a row saves it, waits for the others, and merges some of the features. So the
+merge of a long row is spread over as many multiprocessors as its positions were. They must all run
+at the same time, which one block a multiprocessor does.
 """
 
 import dataclasses
@@ -14,22 +15,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.paged_attention.mla_shape import (
-    HEADS,
-    SUMMERS,
-    MlaRefs,
-    MlaShape,
-)
-from pallas_kernels.paged_attention.rows import along, full, load, store
+from pallas_kernels.paged_attention.mla_shape import HEADS, SIDES, MlaRefs, MlaShape
+from pallas_kernels.paged_attention.rows import along, full, in_rows, load, store
 from pallas_kernels.paged_attention.schedule import Schedule, Segment
 
 LN_2 = 0.6931471805599453
-MERGES = (64, 2), (16, 8)
+MERGES = (64, 4), (8, 16)
 """Features that a warpgroup merges at a time, and parts that it reads at once: for a row that few
-blocks share, and for one that many do."""
-FEW_WARPGROUPS = 8
-SIGNALS = SUMMERS + 1
-"""Warpgroups that save something of a part."""
+warpgroups merge, and for one that many do."""
+FEW_WARPGROUPS = 20
 
 
 class SharedRow(NamedTuple):
@@ -40,10 +34,12 @@ class SharedRow(NamedTuple):
     last: Array
 
 
-class _Merged(NamedTuple):
-    sums: Array
-    highest: Array
-    total: Array
+class Attended(NamedTuple):
+    """Attention over some positions, [heads, features] and [heads]."""
+
+    out: Array
+    lse: Array
+    """The log-sum-exp of the scores, to the base 2."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,45 +63,59 @@ class Parts:
         last = lax.div(segment.base + segment.tiles - 1, self.schedule.size)
         return SharedRow(segment.row, first, last)
 
-    def place(self, segment: Segment) -> Array:
-        """Returns where the part of a segment is saved."""
-        return self._place(self.share, segment.starts.astype(jnp.int32))
-
-    def _place(self, share: Array, begins: Array | int) -> Array:
-        return (share * self.shape.head_blocks + self.head_block) * 2 + begins
-
-    def signal(self, segment: Segment) -> None:
-        """Says that a warpgroup has saved its own of a part."""
+    def save(self, segment: Segment, columns: Any, attended: Attended) -> None:
+        """Saves a warpgroup's features of a part, with the first the log-sum-exp, and says so."""
+        place = self._place(self.share, segment.starts)
+        store(self.refs.sums.at[place, :, columns], attended.out)
+        if columns.start == 0:
+            store(self.refs.saved_lse.at[place], attended.lse)
         if self.saved is not None:
             first = self.row_of(segment).first
             plgpu.semaphore_signal(self._signal_of(first), memory_scope="gpu")
 
-    def end_block(self) -> None:
-        """Says that a warpgroup has saved its own of all parts of the block."""
-        if self.saved is None:
-            plgpu.barrier_arrive(self.refs.block_saved)
+    def write(self, row: Array, columns: Any, attended: Attended) -> None:
+        """Writes attention over a whole row, and its log-sum-exp with the first features."""
+        index = row * self.shape.head_blocks + self.head_block
+        store(self.refs.out.at[index, :, columns], attended.out.astype(self.refs.out.dtype))
+
+        @pl.when(columns.start == 0)
+        def _():
+            store(self.refs.lse.at[index], attended.lse * LN_2)
 
     def wait_for_block(self) -> None:
-        """Waits for all warpgroups of the block, where no signals would do so later."""
+        """Waits for all warpgroups of the block, where no signals do so later."""
         if self.saved is None:
+            plgpu.barrier_arrive(self.refs.block_saved)
             plgpu.barrier_wait(self.refs.block_saved)
+
+    def _place(self, share: Array, begins: Array) -> Array:
+        begins = begins.astype(jnp.int32)
+        return (share * self.shape.head_blocks + self.head_block) * 2 + begins
 
     def _signal_of(self, share: Array) -> Any:
         return self.saved.at[share * self.shape.head_blocks + self.head_block]
 
-    def merge(self, shared: SharedRow, warpgroup: Array) -> None:
-        """Merges what falls to a warpgroup of a row, once all of its parts are saved."""
+    def merge(self, one: SharedRow, other: SharedRow, *, own: int) -> None:
+        """Merges what falls to a warpgroup of two rows, once all of their parts are saved."""
+
+        def merge_row(index: Array, _: None) -> None:
+            pairs = zip(one, other, strict=True)
+            self._merge_row(SharedRow(*[jnp.where(index == 0, o, p) for o, p in pairs]), own)
+
+        lax.fori_loop(0, 2, merge_row, None)
+
+    def _merge_row(self, shared: SharedRow, own: int) -> None:
         shares = shared.last - shared.first + 1
         if self.saved is not None:
-            wanted = jnp.where(shared.last < 0, 0, shares * SIGNALS)
+            wanted = jnp.where(shared.last < 0, 0, shares * SIDES)
             first = jnp.maximum(shared.first, 0)
             plgpu.semaphore_wait(
                 self._signal_of(first), wanted, decrement=False, memory_scope="gpu"
             )
-            worker, workers = (self.share - shared.first) * SUMMERS + warpgroup, shares * SUMMERS
+            worker, workers = (self.share - shared.first) * SIDES + own, shares * SIDES
         else:
             # Blocks run in turn, so that the last one finds all parts.
-            worker, workers = warpgroup, jnp.int32(SUMMERS)
+            worker, workers = jnp.int32(own), jnp.int32(SIDES)
             shared = shared._replace(
                 last=jnp.where(self.share == shared.last, shared.last, jnp.int32(-1))
             )
@@ -114,19 +124,18 @@ class Parts:
             units = jnp.int32(self.shape.dv // features)
 
             def merge_unit(index: Array, _: None, features=features, at_once=at_once) -> None:
-                self._merge_unit(shared, worker + index * workers, features, at_once)
+                columns = pl.ds((worker + index * workers) * features, features)
+                self.write(shared.row, columns, self._merge(shared, columns, at_once))
 
             @pl.when(chosen & (shared.last >= 0))
             def _(units=units, merge_unit=merge_unit):
                 own = pl.cdiv(jnp.maximum(units - worker, 0), workers)
                 lax.fori_loop(0, own, merge_unit, None)
 
-    def _merge_unit(self, shared: SharedRow, unit: Array, features: int, at_once: int) -> None:
+    def _merge(self, shared: SharedRow, columns: Any, at_once: int) -> Attended:
         """Merges some features of all parts of a row."""
-        refs = self.refs
-        columns = pl.ds(unit * features, features)
 
-        def add_several(index: Array, merged: _Merged) -> _Merged:
+        def add_several(index: Array, merged: Attended) -> Attended:
             shares = [shared.first + index * at_once + i for i in range(at_once)]
             parts = [
                 self._saved(jnp.minimum(share, shared.last), share == shared.first, columns)
@@ -134,30 +143,24 @@ class Parts:
             ]
             for share, part in zip(shares, parts, strict=True):
                 absent = jnp.where(share <= shared.last, 0.0, -jnp.inf)
-                merged = _combine(merged, part._replace(highest=part.highest + absent))
+                merged = _combine(merged, part._replace(lse=part.lse + absent))
             return merged
 
-        start = _Merged(full((HEADS, features), 0.0), full((HEADS,), -jnp.inf), full((HEADS,), 0.0))
+        start = Attended(full((HEADS, columns.size), 0.0), full((HEADS,), -jnp.inf))
         rounds = pl.cdiv(shared.last - shared.first + 1, jnp.int32(at_once))
-        merged = lax.fori_loop(0, rounds, add_several, start)
-        index = shared.row * self.shape.head_blocks + self.head_block
-        out = merged.sums * along(1.0 / merged.total, features)
-        store(refs.out.at[index, :, columns], out.astype(refs.out.dtype))
+        return lax.fori_loop(0, rounds, add_several, start)
 
-        @pl.when(unit == 0)
-        def _():
-            store(refs.lse.at[index], (merged.highest + jnp.log2(merged.total)) * LN_2)
-
-    def _saved(self, share: Array, begins: Array, columns: Any) -> _Merged:
-        place, refs = self._place(share, begins.astype(jnp.int32)), self.refs
-        sums = load(refs.sums.at[place, :, columns])
-        return _Merged(sums, load(refs.highest.at[place]), load(refs.totals.at[place]))
+    def _saved(self, share: Array, begins: Array, columns: Any) -> Attended:
+        place, refs = self._place(share, begins), self.refs
+        return Attended(load(refs.sums.at[place, :, columns]), load(refs.saved_lse.at[place]))
 
 
-def _combine(one: _Merged, other: _Merged) -> _Merged:
-    highest = jnp.maximum(one.highest, other.highest)
-    keep = jnp.exp2(one.highest - highest)
-    grow = jnp.exp2(other.highest - highest)
-    features = one.sums.shape[1]
-    sums = one.sums * along(keep, features) + other.sums * along(grow, features)
-    return _Merged(sums, highest, one.total * keep + other.total * grow)
+def _combine(one: Attended, other: Attended) -> Attended:
+    highest = jnp.maximum(one.lse, other.lse)
+    grow_one, grow_other = jnp.exp2(one.lse - highest), jnp.exp2(other.lse - highest)
+    total = grow_one + grow_other
+    features = one.out.shape[1]
+    out = one.out * along(grow_one / total, features) + other.out * along(
+        grow_other / total, features
+    )
+    return Attended(in_rows(out), in_rows(highest + jnp.log2(total)))

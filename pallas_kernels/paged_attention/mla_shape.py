@@ -9,13 +9,9 @@ KV_BLOCK = 64
 """Positions of a tile."""
 ROPE = 64
 """Features of a key that are no values. As many as a tile has positions: see `MlaRefs.rope`."""
-SUMMERS = 2
-"""Warpgroups that sum up values, each half of the features."""
-CHUNKS = 4
-"""Parts of the value features, which are loaded and multiplied one by one."""
-OWN_CHUNKS = CHUNKS // SUMMERS
-"""Those of one warpgroup. One product of all of them would need more registers than a thread of
-four warpgroups may start with."""
+SIDES = 2
+"""Warpgroups that compute. Each has one of two places for tiles, whose weights it computes, and
+half of the value features, which it sums up over all tiles."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +20,6 @@ class MlaConfig:
 
     blocks: int
     """Thread blocks: one for each multiprocessor, all of which must run at the same time."""
-    stages: int = 2
-    """Tiles that a block holds in shared memory."""
     min_tiles: int = 2
     """Tiles of a share at least: fewer shares leave less to merge."""
     in_registers: bool = True
@@ -50,9 +44,9 @@ class MlaShape:
     config: MlaConfig
 
     @property
-    def chunk(self) -> int:
-        """Value features of a chunk."""
-        return self.dv // CHUNKS
+    def half(self) -> int:
+        """Value features that a warpgroup sums up."""
+        return self.dv // SIDES
 
     @property
     def shares(self) -> int:
@@ -83,29 +77,26 @@ class MlaRefs:
     sums: Any
     """What each block saves of rows that it shares with others: of one that began in an earlier
     block, and of one that ends in a later one."""
-    highest: Any
-    totals: Any
+    saved_lse: Any
     q_latent: Any
-    """Queries of a row, by chunks of the latent features."""
+    """Queries of a row, by halves of the latent features."""
     q_rope: Any
     latent: Any
-    """Latent features of the positions of a tile, by chunks; they are the values, too."""
+    """Latent features of the tiles in both places, by halves; they are the values, too."""
     rope: Any
     """The other features of a tile, [positions, ROPE]. Once scores are computed, the weights take
     their place, [heads, positions], which is as large."""
-    keep: Any
-    """What is left of the sums when a tile raises the highest score."""
-    inverse: Any
-    """What the sums of a whole row are multiplied with in the end."""
+    highest: Any
+    """The highest score of a row up to and with the tile in each place."""
+    totals: Any
+    """Sums of the weights of a side, for two rows in turn."""
     q_full: Any
     q_free: Any
     latent_full: Any
     latent_free: Any
     rope_full: Any
     rope_free: Any
-    keep_full: Any
     weights_full: Any
-    inverse_full: Any
-    inverse_free: Any
+    totals_full: Any
     block_saved: Any
     """Where the warpgroups of a block meet before they merge, if no signals tell."""
