@@ -186,15 +186,12 @@ def _mla_kernel(shape: MlaShape, names: tuple[str, ...], *all_refs: Any) -> None
         _clear_unused(shape, refs, share, head_block)
         load_tiles(shape, refs, schedule, head_block)
 
-    @pl.when(warpgroup < SIDES)
-    def _():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        attend = functools.partial(attend_side, shape, refs, schedule, head_block, parts)
-        sides = [functools.partial(attend, own=own) for own in range(SIDES)]
-        shared = lax.cond(warpgroup == 0, *sides)
-        with jax.named_scope("merge"):
-            parts.wait_for_block()
-            parts.merge(*shared, own=warpgroup)
+    for own in range(SIDES):
+
+        @pl.when(warpgroup == own)
+        def _(own=own):
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            attend_side(shape, refs, schedule, head_block, parts, own=own)
 
 
 def _clear_unused(shape: MlaShape, refs: MlaRefs, share: Array, head_block: Array) -> None:

@@ -20,9 +20,10 @@ from pallas_kernels.paged_attention.rows import along, full, in_rows, load, stor
 from pallas_kernels.paged_attention.schedule import Schedule, Segment
 
 LN_2 = 0.6931471805599453
-MERGES = (4, 128, 2), (20, 64, 4), (2**30, 8, 16)
-"""How a row is merged that up to so many warpgroups merge: features that each merges at a time, and
-parts that it reads at once. Wide pieces have fewer latencies, narrow ones work for all."""
+MERGES = (64, 4), (8, 16)
+"""Features that a warpgroup merges at a time, and parts that it reads at once: for a row that few
+warpgroups merge, and for one that many do."""
+FEW_WARPGROUPS = 20
 
 
 class SharedRow(NamedTuple):
@@ -94,7 +95,7 @@ class Parts:
     def _signal_of(self, share: Array) -> Any:
         return self.saved.at[share * self.shape.head_blocks + self.head_block]
 
-    def merge(self, one: SharedRow, other: SharedRow, *, own: Array) -> None:
+    def merge(self, one: SharedRow, other: SharedRow, *, own: int) -> None:
         """Merges what falls to a warpgroup of two rows, once all of their parts are saved."""
 
         def merge_row(index: Array, _: None) -> None:
@@ -103,7 +104,7 @@ class Parts:
 
         lax.fori_loop(0, 2, merge_row, None)
 
-    def _merge_row(self, shared: SharedRow, own: Array) -> None:
+    def _merge_row(self, shared: SharedRow, own: int) -> None:
         shares = shared.last - shared.first + 1
         if self.saved is not None:
             wanted = jnp.where(shared.last < 0, 0, shares * SIDES)
@@ -114,14 +115,12 @@ class Parts:
             worker, workers = (self.share - shared.first) * SIDES + own, shares * SIDES
         else:
             # Blocks run in turn, so that the last one finds all parts.
-            worker, workers = own, jnp.int32(SIDES)
+            worker, workers = jnp.int32(own), jnp.int32(SIDES)
             shared = shared._replace(
                 last=jnp.where(self.share == shared.last, shared.last, jnp.int32(-1))
             )
-        above = 0
-        for most, features, at_once in MERGES:
-            chosen = (workers > above) & (workers <= most)
-            above = most
+        few = workers <= FEW_WARPGROUPS
+        for (features, at_once), chosen in zip(MERGES, (few, jnp.logical_not(few)), strict=True):
             units = jnp.int32(self.shape.dv // features)
 
             def merge_unit(index: Array, _: None, features=features, at_once=at_once) -> None:

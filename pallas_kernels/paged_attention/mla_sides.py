@@ -44,14 +44,15 @@ def attend_side(
     parts: Parts,
     *,
     own: int,
-) -> tuple[SharedRow, SharedRow]:
-    """Attends to the block's segments, and returns the rows that it shares with other blocks."""
+) -> None:
+    """Attends to the block's segments, then merges the rows it shares with other blocks."""
     side = _Side(shape=shape, refs=refs, own=own, head_block=head_block, parts=parts)
     side.free_all()
     none = parts.no_row()
-    start = jnp.int32(0), none, none
-    _, from_earlier, into_later = schedule.for_each_segment(side.attend_segment, start)
-    return from_earlier, into_later
+    _, *shared = schedule.for_each_segment(side.attend_segment, (jnp.int32(0), none, none))
+    with jax.named_scope("merge"):
+        parts.wait_for_block()
+        parts.merge(*shared, own=own)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
