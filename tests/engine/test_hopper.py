@@ -3,12 +3,16 @@
 import importlib
 import json
 import logging
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import backend
 
 from llmjax import LLM, SamplingParams
+from llmjax.engine import runner
 
 CONFIG = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -29,7 +33,7 @@ CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-KERNELS = ("decode_sm90", "prefill_sm90", "mosaic_sm90", "few_rows_sm90")
+KERNELS = ("store_sm90", "decode_sm90", "prefill_sm90", "mosaic_sm90", "few_rows_sm90")
 
 
 def build(folder):
@@ -37,6 +41,7 @@ def build(folder):
     return LLM(
         folder,
         load_format="dummy",
+        dtype="bfloat16",
         max_seq_len=256,
         max_batch_size=2,
         max_num_tokens=256,
@@ -50,26 +55,52 @@ def logprobs_of(entries, ids):
     return np.array([entry[token].logprob for entry, token in zip(entries, ids, strict=True)])
 
 
-@pytest.mark.gpu
-def test_engine_takes_the_kernels_and_agrees_with_the_reference(tmp_path, monkeypatch, caplog):
+@pytest.fixture
+def picks(caplog):
+    """What the kernels' packages say that they picked, from here on."""
     # The packages have functions of these names, too.
-    grouped, paged = (
-        importlib.import_module(f"pallas_kernels.{name}")
-        for name in ("grouped_gemm", "paged_attention")
+    for name in ("grouped_gemm", "paged_attention"):
+        importlib.import_module(f"pallas_kernels.{name}")._log_pick.cache_clear()
+    caplog.set_level(logging.INFO, logger="pallas_kernels")
+    return caplog
+
+
+def test_steps_with_the_kernels_lower_for_cuda(tmp_path, monkeypatch, picks):
+    # Nothing runs, so nothing is compiled for the CPU.
+    monkeypatch.setattr(runner, "compile_steps", lambda lowered, compiler_options: lowered)
+    engine = build(tmp_path).engine.runner
+    hopper = SimpleNamespace(
+        platform="gpu", compute_capability="9.0", core_count=132, device_kind="a Hopper"
     )
-    for module in (grouped, paged):
-        module._log_pick.cache_clear()
+    monkeypatch.setattr(backend, "get_default_device", lambda: hopper)
+    picks.clear()
+    # Inner functions were traced for the CPU.
+    jax.clear_caches()
+    for bucket in engine.buckets:
+        shape = (engine.num_stages, engine.num_ranks, bucket.num_numbers)
+        packed = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=engine._packed_sharding)
+        with engine._tracing():
+            traced = jax.jit(engine.maker.make(bucket)).trace(engine.weights, engine.state, packed)
+            traced.lower(lowering_platforms=("cuda",))
+    jax.clear_caches()
+    assert all(f"runs as {kernel}: on a Hopper" in picks.text for kernel in KERNELS), picks.text
+    assert "runs as reference" not in picks.text
+
+
+@pytest.mark.gpu
+def test_engine_takes_the_kernels_and_agrees_with_the_reference(tmp_path, monkeypatch, picks):
     prompts = np.random.default_rng(0).integers(5, 500, (2, 100)).tolist()
     greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
-    with caplog.at_level(logging.INFO, logger="pallas_kernels"):
-        outputs = build(tmp_path).generate(prompts, greedy, use_tqdm=False)
-    assert all(f"runs as {kernel}" in caplog.text for kernel in KERNELS), caplog.text
+    outputs = build(tmp_path).generate(prompts, greedy, use_tqdm=False)
+    assert all(f"runs as {kernel}" in picks.text for kernel in KERNELS), picks.text
 
     def refuse():
         raise NotImplementedError("the reference is wanted")
 
-    monkeypatch.setattr(grouped, "_is_hopper", lambda device: False)
+    paged = importlib.import_module("pallas_kernels.paged_attention")
+    grouped = importlib.import_module("pallas_kernels.grouped_gemm")
     monkeypatch.setattr(paged, "_hopper_device", refuse)
+    monkeypatch.setattr(grouped, "_is_hopper", lambda device: False)
     jax.clear_caches()
     reference = build(tmp_path)
     for prompt, output in zip(prompts, outputs, strict=True):
