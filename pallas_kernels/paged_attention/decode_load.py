@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.paged_attention.copies import issue_copies
 from pallas_kernels.paged_attention.decode_shape import COPY_ROWS, DecodeRefs, DecodeShape
 from pallas_kernels.paged_attention.schedule import Schedule, Segment
 
@@ -87,17 +86,13 @@ class _Loader:
                 plgpu.barrier_wait(free.at[slot])
 
             columns = pl.ds(self.head * features, copied)
-            copies = [
-                functools.partial(
-                    self._copy,
+            for i, (row, visible) in enumerate(self._copies_of(segment, start, pages)):
+                self._copy(
                     visible,
                     source.at[pl.ds(row, shape.copy_rows), columns],
                     target.at[slot].at[pl.ds(i * shape.copy_rows, shape.copy_rows)],
                     full.at[slot],
                 )
-                for i, (row, visible) in enumerate(self._copies_of(segment, start, pages))
-            ]
-            issue_copies(copies, by_warps=shape.config.inlined)
 
     def _copy(self, visible: Array, source: Any, target: Any, full: Any) -> None:
         """Copies positions, so many of which are visible; others are masked and cleared."""

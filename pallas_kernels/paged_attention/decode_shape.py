@@ -39,8 +39,8 @@ class DecodeConfig:
     merge_registers: int = 128
     """Registers of a thread for the parts of a row that are read at once when it is merged."""
     inlined: bool = True
-    """Whether float8 is multiplied from registers, two warpgroups reduce apart and warps copy
-    apart, in code that the interpreter does not know."""
+    """Whether float8 is multiplied from registers, two warpgroups reduce apart and lanes find a
+    block's share, in code that the interpreter does not know."""
     synchronize: bool = True
     """Whether blocks wait for each other: the interpreter cannot, but runs them in turn."""
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from pallas_kernels.paged_attention.copies import issue_copies
 from pallas_kernels.paged_attention.prefill_shape import (
     TOKEN_ALIGNMENT,
     WARPGROUP_ROWS,
@@ -20,7 +19,6 @@ from pallas_kernels.paged_attention.prefill_shape import (
 )
 from pallas_kernels.paged_attention.prefill_store import eight_rows, store_registers
 from pallas_kernels.paged_attention.prefill_walk import Item, for_each_item
-from pallas_kernels.paged_attention.prefill_widen import widen_tile
 
 AT_ONCE = 4
 """Eight rows of a tile that are in registers at once when it is rewritten."""
@@ -102,8 +100,7 @@ class _Loader:
         has_next = following < item.tile.kv_tiles
         plgpu.barrier_wait(refs.k_landed)
         self._wait_for(refs.k_free, step)
-        everything = jnp.int32(shape.config.kv_block)
-        self._widen(refs.k_narrow, refs.k_shared.at[slot], shape.key_swizzle, everything)
+        _rewrite(refs.k_narrow, refs.k_shared.at[slot], shape.stored_swizzle(shape.d))
         plgpu.barrier_arrive(refs.k_full.at[slot])
 
         @pl.when(has_next)
@@ -117,21 +114,12 @@ class _Loader:
         plgpu.barrier_wait(refs.v_landed)
         self._wait_for(refs.v_free, step)
         visible = self._visible(item, index)
-        self._widen(refs.v_narrow, refs.v_shared.at[slot], shape.chunk, visible)
+        _rewrite(refs.v_narrow, refs.v_shared.at[slot], shape.stored_swizzle(shape.dv), end=visible)
         plgpu.barrier_arrive(refs.v_full.at[slot])
 
         @pl.when(has_next)
         def _():
             self._copy_values(item, following, pages, refs.v_narrow, refs.v_landed)
-
-    def _widen(self, narrow: Any, wide: Any, swizzle: int, end: Array) -> None:
-        """Turns a tile of float8 into float16, and clears its rows from `end` on."""
-        stored = self.shape.stored_swizzle(narrow.shape[1])
-        if self.shape.config.inlined:
-            widen_tile(narrow, wide, end, narrow_swizzle=stored, wide_swizzle=swizzle)
-            plgpu.commit_smem()
-        else:
-            _rewrite(narrow, wide, stored, end=end)
 
     def _wait_for(self, free: Any, step: Array) -> None:
         """Waits until the place of a tile is free."""
@@ -185,7 +173,6 @@ class _Loader:
         shape = self.shape
         columns = pl.ds(item.kv_head(shape) * features, features)
         start = item.tile.kv_begin + index * shape.config.kv_block
-        copies = []
         for i, page in enumerate(pages):
             position = start + i * shape.copy_rows
             row = self.pool_start + page * shape.page + lax.rem(position, jnp.int32(shape.page))
@@ -197,8 +184,7 @@ class _Loader:
                 full,
             )
             skip = functools.partial(plgpu.barrier_arrive, full)
-            copies.append(functools.partial(lax.cond, position < item.tile.length, copy, skip))
-        issue_copies(copies, by_warps=shape.config.inlined)
+            lax.cond(position < item.tile.length, copy, skip)
 
     def _pages_of(self, item: Item, index: Array) -> list[Array]:
         """Returns the page of each copy of a tile. Past the row's end, any: they are not read."""

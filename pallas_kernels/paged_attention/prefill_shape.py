@@ -23,9 +23,8 @@ class PrefillConfig:
     """Positions of a tile of keys and values."""
     stages: int = 2
     """Tiles of keys and values that a block holds in shared memory."""
-    inlined: bool = True
-    """Whether weights and sums stay in registers and warps copy apart: the interpreter knows
-    neither such products nor warps."""
+    in_registers: bool = True
+    """Whether weights and sums stay in registers: the interpreter knows no such products."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +125,7 @@ class PrefillRefs:
     out_shared: Any
     """Chunks of a warpgroup's outputs: one is filled while another leaves."""
     edge_shared: Any
-    """Eight rows without swizzle, of which single ones leave."""
+    """Eight rows without swizzle, of which single ones leave, each aligned as copies need it."""
     weights_shared: Any = None
     k_narrow: Any = None
     """The next tile of keys, as it lies in the pages, where they hold float8."""

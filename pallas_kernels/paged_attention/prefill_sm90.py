@@ -29,7 +29,7 @@ from pallas_kernels.paged_attention.prefill_shape import (
 )
 from pallas_kernels.paged_attention.prefill_softmax import compute_items
 from pallas_kernels.paged_attention.swizzle import NARROWEST
-from pallas_kernels.paged_attention.tiles import tiled
+from pallas_kernels.paged_attention.tiles import COPY_ALIGNMENT, tiled
 
 LOAD_REGISTERS, COMPUTE_REGISTERS = 40, 232
 """Registers of a thread: of the 504 that three warpgroups start with."""
@@ -150,6 +150,7 @@ def _launch(
     stages, kv_block = config.stages, config.kv_block
     key_tiles = functools.partial(tiled, dtype=dtype, swizzle=shape.key_swizzle)
     value_tiles = functools.partial(tiled, dtype=dtype, swizzle=shape.chunk)
+    row_bytes = shape.chunk * jnp.dtype(out_dtype).itemsize
     # Copies say that a tile is full, or the warpgroup that widens it.
     arrivals = 1 if shape.narrow else shape.copies
     scratch = {
@@ -161,7 +162,9 @@ def _launch(
             out_dtype,
             swizzle=shape.chunk,
         ),
-        "edge_shared": plgpu.SMEM((WARPGROUPS, TOKEN_ALIGNMENT, shape.chunk), out_dtype),
+        "edge_shared": plgpu.SMEM(
+            (WARPGROUPS, TOKEN_ALIGNMENT, COPY_ALIGNMENT // row_bytes, shape.chunk), out_dtype
+        ),
         "q_full": plgpu.Barrier(num_arrivals=WARPGROUPS),
         "q_free": plgpu.Barrier(num_arrivals=WARPGROUPS),
         "k_full": plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
@@ -179,7 +182,7 @@ def _launch(
                 operands[f"{name}_pages"].dtype,
                 swizzle=shape.stored_swizzle(features),
             )
-    if not config.inlined:
+    if not config.in_registers:
         scratch["weights_shared"] = value_tiles((WARPGROUPS, WARPGROUP_ROWS, kv_block))
     out, lse = plgpu.kernel(
         functools.partial(_prefill_kernel, shape, (*operands, *results, *scratch)),

@@ -179,7 +179,7 @@ class _Computer:
             pl.when(last)(self._end_turn)
             return product[...]
 
-        if self.shape.config.inlined:
+        if self.shape.config.in_registers:
             start: Any = plgpu.WGMMAAccumulatorRef.init(sums)
             added: Any = pl.run_state(multiply)(start)
         else:

@@ -92,12 +92,12 @@ def _store_rows(
             plgpu.commit_smem_to_gmem_group()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             layout = eight_rows(eight.shape[1])
-            store_registers(edge, plgpu.load(eight, layout=layout, optimized=False))
+            store_registers(edge.at[:, 0], plgpu.load(eight, layout=layout, optimized=False))
             plgpu.commit_smem()
 
             def store_one(token: Array, _: None) -> None:
-                source, row = edge.at[pl.ds(token - first, 1)], target.at[pl.ds(token, 1), columns]
-                plgpu.copy_smem_to_gmem(source, row, commit_group=False)
+                source, row = edge.at[token - first, pl.ds(0, 1)], pl.ds(token, 1)
+                plgpu.copy_smem_to_gmem(source, target.at[row, columns], commit_group=False)
 
             lax.fori_loop(begin, end, store_one, None)
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged_attention.tiles import COPY_ALIGNMENT
+
 SHARED_BYTES = 128 * 1024
 """Shared memory of a block for rows."""
 MOST_AT_ONCE = 16
@@ -63,10 +65,11 @@ def store_rows(
 def _check(pools: Sequence[Array]) -> None:
     for pool in pools:
         *_, kv_heads, features = pool.shape
-        if features * pool.dtype.itemsize % 16 or features > 256 or kv_heads > 256:
+        row_bytes = kv_heads * features * pool.dtype.itemsize
+        if row_bytes % COPY_ALIGNMENT or features > 256 or kv_heads > 256:
             raise NotImplementedError(
-                f"rows of {kv_heads} x {features} in {pool.dtype}; it takes multiples of 16 bytes, "
-                "up to 256 x 256"
+                f"rows of {kv_heads} x {features} in {pool.dtype}; it takes multiples of "
+                f"{COPY_ALIGNMENT} bytes, up to 256 x 256"
             )
 
 

@@ -5,6 +5,9 @@ from typing import Any
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+COPY_ALIGNMENT = 128
+"""Bytes that what TMA copies lies at a multiple of."""
+
 
 def tiled(shape: tuple[int, ...], dtype: Any, *, swizzle: int) -> Any:
     """Returns scratch memory for tiles whose swizzle spans so many features."""

@@ -26,7 +26,7 @@ from pallas_kernels.paged_attention.prefill_plan import Tile, plan_tiles
 from pallas_kernels.paged_attention.prefill_shape import PrefillConfig
 
 FLOAT8 = jnp.float8_e4m3fn
-SMALL = PrefillConfig(blocks=1, kv_block=64, stages=2, inlined=False)
+SMALL = PrefillConfig(blocks=1, kv_block=64, stages=2, in_registers=False)
 
 # Scores of keys past a row's end are NaN before they are hidden.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")
@@ -124,7 +124,7 @@ def test_prefill_kernel_reads_pages_of_float8(d, dv, options):
 
 def test_blocks_share_the_items_of_a_batch():
     case = prefill_case([(0, 66), (30, 3)], heads=4)
-    config = PrefillConfig(blocks=2, kv_block=64, stages=2, inlined=False)
+    config = PrefillConfig(blocks=2, kv_block=64, stages=2, in_registers=False)
     assert_equal_attention(prefill(case, config=config), expected(case))
 
 

@@ -51,7 +51,8 @@ def test_storing_lowers_for_cuda(tokens, dtype):
 
 
 def test_rows_that_do_not_fit_a_copy_are_refused():
-    with pytest.raises(NotImplementedError, match="rows of 2 x 4 in bfloat16; it takes multiples"):
+    message = "rows of 2 x 4 in bfloat16; it takes multiples of 128 bytes"
+    with pytest.raises(NotImplementedError, match=message):
         store_sm90.store_rows(*store_case(3, d=4), num_sms=1)
 
 
