@@ -30,10 +30,6 @@ from pallas_kernels.grouped_gemm.route import Router
 
 MAX_HELD = 64
 """Experts of one token that a lane may hold."""
-AT_ONCE = 32
-"""Experts that a lane holds at most of several tokens."""
-MIN_BLOCKS = 264
-"""Blocks that are wanted before a warp takes several tokens at once: two a multiprocessor."""
 REMOVED = -0x80000000
 """Below whatever a float is as an integer."""
 MINUS_INFINITY = -0x7F800001
@@ -54,7 +50,7 @@ def route_tokens(
     """
     check_covered(logits, router)
     tokens, experts = logits.shape
-    block = block_rows(tokens, experts, router)
+    block = block_rows(experts, router)
     kernel = plgpu.kernel(
         functools.partial(
             _kernel,
@@ -92,14 +88,9 @@ def check_covered(logits: Array, router: Router) -> None:
         )
 
 
-def block_rows(tokens: int, experts: int, router: Router) -> int:
-    """Tokens of a block: several a warp, where there are enough for all multiprocessors."""
-    width = _group_width(experts, router)
-    block, held = rows_of(width), experts // lanes_of(width)
-    for times in (4, 2):
-        if held * times <= AT_ONCE and tokens >= block * times * MIN_BLOCKS:
-            return block * times
-    return block
+def block_rows(experts: int, router: Router) -> int:
+    """Tokens of a block."""
+    return rows_of(_group_width(experts, router))
 
 
 def _group_width(experts: int, router: Router) -> int:

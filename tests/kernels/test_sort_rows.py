@@ -57,8 +57,9 @@ def test_hopper_kernel_says_what_it_does_not_cover():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows", [2, 512, 1000, 4096, 4099, 65536])
-@pytest.mark.parametrize("groups", [8, 128, 129])
+@pytest.mark.parametrize(
+    ("rows", "groups"), [(2, 8), (1000, 129), (4096, 128), (4099, 9), (65536, 128)]
+)
 def test_on_a_gpu_the_kernels_sort(rows, groups):
     group = np.random.default_rng(rows).integers(-1, groups + 1, rows)
     assert_as_numpy(sort_sm90.sort_rows(jnp.asarray(group, jnp.int32), groups), group, groups)
