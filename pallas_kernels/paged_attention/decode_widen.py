@@ -85,7 +85,9 @@ def in_order(product: Array) -> Array:
         for index in np.ndindex(array.registers.shape[:2]):
             first, second = (array.registers[(*index, 0, 0, row)].item() for row in range(2))
             for column in range(2):
-                pairs[index].reshape(-1)[column] = vector.shuffle(first, second, [column, 2 + column])
+                pairs[index].reshape(-1)[column] = vector.shuffle(
+                    first, second, [column, 2 + column]
+                )
         return mgpu.FragmentedArray(_registers=pairs, _layout=layout, _is_signed=None)
 
     inlined: Any = rename
