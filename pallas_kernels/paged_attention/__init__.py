@@ -108,9 +108,9 @@ def paged_attention(
         except NotImplementedError as error:
             if implementation is not None:
                 raise
-            _log_pick("reference", str(error))
+            _log_pick("paged_attention", "reference", str(error))
         else:
-            _log_pick(name, f"on {device.device_kind}")
+            _log_pick("paged_attention", name, f"on {device.device_kind}")
             return attended
     return reference.paged_attention(
         *operands,
@@ -140,12 +140,12 @@ def store_rows(
 
         stored = store_sm90.store_rows(pools, layer, rows, slots, num_sms=device.core_count)
     except NotImplementedError as error:
-        _log_pick("reference", f"stores rows: {error}")
+        _log_pick("store_rows", "reference", str(error))
         return tuple(
             reference.store_rows(pool, layer, row, slots)
             for pool, row in zip(pools, rows, strict=True)
         )
-    _log_pick("store_sm90", f"on {device.device_kind}")
+    _log_pick("store_rows", "store_sm90", f"on {device.device_kind}")
     return stored
 
 
@@ -237,5 +237,5 @@ def _without(unknown: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any
 
 
 @functools.cache
-def _log_pick(implementation: str, reason: str) -> None:
-    logging.getLogger(__name__).info("paged_attention runs as %s: %s", implementation, reason)
+def _log_pick(operation: str, implementation: str, reason: str) -> None:
+    logging.getLogger(__name__).info("%s runs as %s: %s", operation, implementation, reason)
