@@ -43,8 +43,8 @@ class Variant:
     float8: bool = False
     routed: bool = False
     """Whether a router chooses the experts; else they are given."""
-    ordered_by_xla: bool = False
-    """Whether XLA routes and sorts, not kernels of ours."""
+    ordered: bool = False
+    """Whether kernels of ours route and sort, not XLA."""
 
 
 VARIANTS = (
@@ -53,8 +53,8 @@ VARIANTS = (
     Variant(name="llmjax, gather by XLA", copied=False),
     Variant(name="llmjax, rows sorted", unsorted=False),
     Variant(name="llmjax, float8", float8=True),
-    Variant(name="llmjax, sort by XLA", ordered_by_xla=True),
-    Variant(name="llmjax, router and sort by XLA", routed=True, ordered_by_xla=True),
+    Variant(name="llmjax, sort by our kernel", ordered=True),
+    Variant(name="llmjax, router and sort by our kernels", routed=True, ordered=True),
     Variant(name="llmjax, with router", routed=True),
 )
 
@@ -84,7 +84,7 @@ def chain_layers(x, *arrays, variant: Variant, num_sms: int) -> tuple[jax.Array,
 def route(x, router, count: int, variant: Variant) -> tuple[jax.Array, jax.Array]:
     """Experts of each token and their gates, as Mixtral and Qwen3 have them."""
     logits = jnp.dot(x, router, preferred_element_type=jnp.float32)
-    choose = route_tokens_by_xla if variant.ordered_by_xla else route_sm90.route_tokens
+    choose = route_sm90.route_tokens if variant.ordered else route_tokens_by_xla
     return choose(logits, None, None, Router(top_k=count, normalize=True))
 
 
@@ -96,7 +96,7 @@ def expert_layer(x, experts, gates, gate_up, down, *, variant: Variant, num_sms:
             x, experts, gate_up, down, 0, activation="silu", num_sms=num_sms
         )
         return jnp.sum(pairs.astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
-    sort = sort_rows_by_xla if variant.ordered_by_xla else sort_sm90.sort_rows
+    sort = sort_sm90.sort_rows if variant.ordered else sort_rows_by_xla
     order = sort(experts.reshape(-1), groups)
     multiply = partial(_multiply, sizes=order.sizes, num_sms=num_sms)
     rows = _gather(x, order.row // experts.shape[1], variant, num_sms)

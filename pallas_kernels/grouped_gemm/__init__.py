@@ -126,34 +126,40 @@ def route_tokens(
     *,
     correction: Float32[Array, " experts"] | None = None,
     is_real: Bool[Array, " tokens"] | None = None,
+    implementation: str | None = None,
 ) -> tuple[Int32[Array, "tokens top_k"], Float32[Array, "tokens top_k"]]:
     """Experts of each token, in falling order of choice, and their gates, the chosen's scores.
 
     Of equal experts and of equal groups the first are chosen. The `correction` is added to the
     scores for the choice only. Tokens that are not real get expert -1.
 
+    `implementation="mosaic_sm90"` is a kernel for Hopper in one launch, which raises
+    NotImplementedError for what it does not cover; None is XLA, as long as no GPU has compared the
+    kernel with it.
+
     Source: Mixtral (Jiang et al., 2024); groups of DeepSeek-V2, correction of DeepSeek-V3 (2024).
     """
-    if _is_hopper(backend.get_default_device()):
-        from pallas_kernels.grouped_gemm import route_sm90
+    _check_implementation(implementation)
+    if implementation != "mosaic_sm90":
+        return route_tokens_by_xla(logits, correction, is_real, router)
+    from pallas_kernels.grouped_gemm import route_sm90
 
-        try:
-            return route_sm90.route_tokens(logits, correction, is_real, router)
-        except NotImplementedError:
-            pass
-    return route_tokens_by_xla(logits, correction, is_real, router)
+    return route_sm90.route_tokens(logits, correction, is_real, router)
 
 
-def sort_rows(group_of_row: Int[Array, "rows"], groups: int) -> SortedRows:
-    """Sorts rows by group; those whose group is not in [0, groups) come last."""
-    if _is_hopper(backend.get_default_device()):
-        from pallas_kernels.grouped_gemm import sort_sm90
+def sort_rows(
+    group_of_row: Int[Array, "rows"], groups: int, *, implementation: str | None = None
+) -> SortedRows:
+    """Sorts rows by group; those whose group is not in [0, groups) come last.
 
-        try:
-            return sort_sm90.sort_rows(group_of_row, groups)
-        except NotImplementedError:
-            pass
-    return sort_rows_by_xla(group_of_row, groups)
+    Of `implementation` the same is true as in `route_tokens`.
+    """
+    _check_implementation(implementation)
+    if implementation != "mosaic_sm90":
+        return sort_rows_by_xla(group_of_row, groups)
+    from pallas_kernels.grouped_gemm import sort_sm90
+
+    return sort_sm90.sort_rows(group_of_row, groups)
 
 
 def gather_rows(
@@ -189,13 +195,18 @@ def _gather_by_xla(x: Array, index: Array) -> Array:
     return x.at[index].get(mode="promise_in_bounds")
 
 
-def _check_arguments(lhs, rhs, activation: str | None, implementation: str | None) -> None:
-    """Raises ValueError for what no implementation takes."""
+def _check_implementation(implementation: str | None) -> None:
+    """Raises ValueError if there is none of that name."""
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(
             f"implementation={implementation!r} does not exist; use None or one of "
             f"{', '.join(IMPLEMENTATIONS)}"
         )
+
+
+def _check_arguments(lhs, rhs, activation: str | None, implementation: str | None) -> None:
+    """Raises ValueError for what no implementation takes."""
+    _check_implementation(implementation)
     if activation not in (None, *ACTIVATIONS):
         raise ValueError(
             f"activation={activation!r} does not exist; use None or one of {', '.join(ACTIVATIONS)}"

@@ -8,7 +8,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_checks import assert_lowers_for_cuda
 
-from pallas_kernels.grouped_gemm import Router, route_sm90
+from pallas_kernels.grouped_gemm import Router, route_sm90, route_tokens
 from pallas_kernels.grouped_gemm.route import route_tokens_by_xla
 
 DEEPSEEK_V2 = Router(top_k=6, scaling_factor=16.0, num_groups=8, top_groups=3, group_best=1)
@@ -93,3 +93,9 @@ def test_hopper_kernel_says_what_it_does_not_cover(experts, message):
 def test_on_a_gpu_the_kernel_routes_as_xla(router, experts, tokens):
     arguments = random_arguments(router, experts, tokens, step=0.5)
     assert_as_xla(route_sm90.route_tokens(*arguments, router), arguments, router)
+
+
+def test_an_implementation_that_does_not_exist_is_refused():
+    logits = jnp.zeros((1, 8), jnp.float32)
+    with pytest.raises(ValueError, match="implementation='cuda' does not exist; use None or one"):
+        route_tokens(logits, Router(top_k=2), implementation="cuda")
