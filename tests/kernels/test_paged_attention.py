@@ -189,7 +189,7 @@ def test_decode_kernel_reads_the_pages_that_a_rank_of_three_holds(limits, rank, 
         last_position=length - 1, page_stride=3, first_page=jnp.int32(rank), **limits
     )
     want = expected(case, **dealt)
-    config = DecodeConfig(blocks=1, kv_block=64, stages=2, synchronize=False)
+    config = DecodeConfig(blocks=1, kv_block=64, stages=2, inlined=False, synchronize=False)
     kernel = functools.partial(
         decode_sm90.paged_decode,
         interpret=plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized"),
