@@ -21,6 +21,8 @@ type Attended = tuple[Array, Array]
 # Kernels are imported where they are chosen: Mosaic takes two seconds, which a CPU need not wait.
 
 IMPLEMENTATIONS = ("decode_sm90", "mla_decode_sm90", "prefill_sm90", "reference")
+PROVEN_MULTIPLE = 64
+"""Of this head dimensions are multiples with which prefill has run on a GPU."""
 
 
 def paged_attention(
@@ -102,6 +104,12 @@ def paged_attention(
             elif v_pages is None:
                 raise NotImplementedError("takes values of their own")
             elif name == "prefill_sm90":
+                heads = q.shape[2], v_pages.shape[4]
+                if implementation is None and any(d % PROVEN_MULTIPLE for d in heads):
+                    raise NotImplementedError(
+                        f"prefill with head dimensions {heads} has not run on a GPU since it was "
+                        'mended; implementation="prefill_sm90" takes it'
+                    )
                 attended = _prefill(device, here, limited)
             else:
                 attended = _decode(device, here, limited)
