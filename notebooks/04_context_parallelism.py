@@ -308,7 +308,9 @@ def read_own_pages(queries: jax.Array, k_page: jax.Array, v_page: jax.Array) -> 
 def store_own_keys(rows: np.ndarray, rank: int) -> jax.Array:
     """A rank's pages [layers, pages, page, heads, dim], with its part of the rows in them."""
     empty = jnp.zeros((1, OWN_PAGES, PAGE, HEADS, DIM))
-    return store_rows(empty, 0, jnp.asarray(rows), pages.own(jnp.arange(TOKENS), rank))
+    slots = pages.own(jnp.arange(TOKENS), rank)
+    (stored,) = store_rows([empty], 0, [jnp.asarray(rows)], slots)
+    return stored
 
 
 cached = [
