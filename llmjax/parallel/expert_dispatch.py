@@ -115,8 +115,8 @@ def dispatch_experts(
     def body(x: Array, slots: Array, gates: Array, params: Any, layer: Array) -> Array:
         def experts(tokens: Tokens) -> Array:
             local = tokens.slots - axis_index(group.experts) * num_slots
-            held = (local >= 0) & (local < num_slots)
             if compute_unsorted is not None and not scale_inputs:
+                held = (local >= 0) & (local < num_slots)
                 pairs = compute_unsorted(tokens.x, jnp.where(held, local, -1), params, layer)
                 if pairs is not None:
                     return add_pairs(tokens, pairs, held)

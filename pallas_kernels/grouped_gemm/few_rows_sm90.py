@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm.mosaic_sm90 import drain
 from pallas_kernels.grouped_gemm.store import tiled
+from pallas_kernels.registers import store_registers
 
 DEPTH = 64
 """Rows of a matrix in one step."""
@@ -276,9 +277,4 @@ def _load(ref: Any) -> Array:
 
 
 def _store(ref: Any, values: Array) -> None:
-    """Stores registers as they lie: JAX 0.12 wants to be told that this may be slow."""
-    values = plgpu.layout_cast(values.astype(ref.dtype), COLUMNS)
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, values, optimized=False)
-    else:
-        ref[...] = values
+    store_registers(ref, plgpu.layout_cast(values.astype(ref.dtype), COLUMNS))

@@ -45,14 +45,6 @@ def check_columns(columns: int, what: str) -> None:
         raise NotImplementedError(f"needs an even number of {what}, got {columns}")
 
 
-def store(ref, value) -> None:
-    """Stores values that fill no whole sectors of 32 bytes."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:  # JAX 0.11 asks for no sectors.
-        ref[...] = value
-
-
 def scatter(places, row_ref, first) -> None:
     """Stores at each place, which shared memory holds, its row; the rows begin at `first`."""
     count = places.shape[0] // WARPS

@@ -24,9 +24,9 @@ from pallas_kernels.grouped_gemm.lanes_sm90 import (
     lanes_of,
     row_layout,
     rows_of,
-    store,
 )
 from pallas_kernels.grouped_gemm.route import Router
+from pallas_kernels.registers import store_registers
 
 MAX_HELD = 64
 """Experts of one token that a lane may hold."""
@@ -120,8 +120,8 @@ def _kernel(logits_ref, *refs, block: int, router: Router, corrected: bool, padd
         for choice, (expert, gate) in enumerate(zip(chosen, gates, strict=True)):
             if is_real is not None:
                 expert = jnp.where(is_real, expert, -1)
-            store(experts_ref.at[rows, choice], expert)
-            store(gates_ref.at[rows, choice], gate)
+            store_registers(experts_ref.at[rows, choice], expert)
+            store_registers(gates_ref.at[rows, choice], gate)
 
     @pl.when(index < whole)
     def _():

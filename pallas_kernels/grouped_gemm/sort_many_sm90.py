@@ -19,9 +19,9 @@ from pallas_kernels.grouped_gemm.lanes_sm90 import (
     WARPS,
     row_layout,
     scatter,
-    store,
 )
 from pallas_kernels.grouped_gemm.sort import SortedRows
+from pallas_kernels.registers import store_registers
 
 PART = 128
 """Rows that are compared with each other."""
@@ -78,14 +78,15 @@ def _count(group_ref, counts_ref, sums_ref, *, groups: int, part: int, parts: in
     mine = plgpu.broadcasted_iota(jnp.int32, (LANES,), 0, layout=DOWN) + first
     # Rows of no group match none.
     mine = _down(jnp.where(mine < groups, mine, -2), part)
-    total = None
+    all_counts = []
     for index in range(parts):
         number = run * parts + index
         group = _load(group_ref.at[pl.ds(number * part, part)], ACROSS)
         counts = jnp.sum((_across(group, LANES) == mine).astype(jnp.int32), axis=1)
-        store(counts_ref.at[number, pl.ds(first, LANES)], counts)
-        total = counts if total is None else total + counts
-    store(sums_ref.at[run, pl.ds(first, LANES)], total)
+        store_registers(counts_ref.at[number, pl.ds(first, LANES)], counts)
+        all_counts.append(counts)
+    total = sum(all_counts[1:], start=all_counts[0])
+    store_registers(sums_ref.at[run, pl.ds(first, LANES)], total)
 
 
 def _place(
@@ -103,8 +104,8 @@ def _place(
     @pl.when(index == 0)
     def _():
         if groups == columns:
-            return store(sizes_ref, total)
-        store(totals, total)
+            return store_registers(sizes_ref, total)
+        store_registers(totals, total)
         plgpu.commit_smem()
         for group in range(groups):
             sizes_ref[group] = totals[group]
@@ -130,8 +131,8 @@ def _place(
         same &= _across(position, ROWS) < _down(mine_position, part)
         place = jnp.sum(before, axis=1) + jnp.sum(same.astype(jnp.int32), axis=1)
         place += jnp.where(mine < 0, ungrouped, 0)
-        store(place_ref.at[pl.ds(first + begin, ROWS)], place)
-        store(places.at[pl.ds(begin, ROWS)], place)
+        store_registers(place_ref.at[pl.ds(first + begin, ROWS)], place)
+        store_registers(places.at[pl.ds(begin, ROWS)], place)
 
     lax.fori_loop(0, part // ROWS, some, None)
     plgpu.commit_smem()

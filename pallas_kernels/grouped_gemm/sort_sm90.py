@@ -17,9 +17,9 @@ from pallas_kernels.grouped_gemm.lanes_sm90 import (
     row_layout,
     rows_of,
     scatter,
-    store,
 )
 from pallas_kernels.grouped_gemm.sort import SortedRows
+from pallas_kernels.registers import store_registers
 
 MAX_PAIRWISE = 4096
 """Rows up to which every row is compared with every other."""
@@ -81,8 +81,8 @@ def _kernel(group_ref, row_ref, place_ref, sizes_ref, *, places, block: int):
         row = plgpu.broadcasted_iota(jnp.int32, (block,), 0, layout=layout.reduce(1)) + first
         mine = key(load(pl.ds(first, block), layout.reduce(1)), row)
         place = count(lax.lt, key, mine)
-        store(place_ref.at[pl.ds(first, block)], place)
-        store(places, place)
+        store_registers(place_ref.at[pl.ds(first, block)], place)
+        store_registers(places, place)
         plgpu.commit_smem()
         scatter(places, row_ref, first)
 
@@ -93,7 +93,7 @@ def _kernel(group_ref, row_ref, place_ref, sizes_ref, *, places, block: int):
 
     def size_block(first):
         group = plgpu.broadcasted_iota(jnp.int32, (block,), 0, layout=layout.reduce(1)) + first
-        store(sizes_ref.at[pl.ds(first, block)], count(lax.eq, _group_alone, group))
+        store_registers(sizes_ref.at[pl.ds(first, block)], count(lax.eq, _group_alone, group))
 
     def size_one(group):
         sizes_ref[group] = count(lax.eq, _group_alone, group)

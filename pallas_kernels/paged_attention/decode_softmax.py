@@ -22,6 +22,7 @@ from pallas_kernels.paged_attention.decode_widen import (
     widen_values,
 )
 from pallas_kernels.paged_attention.schedule import Segment
+from pallas_kernels.registers import store_registers
 
 LOG2_E = math.log2(math.e)
 WIDENED_ROWS = 64
@@ -51,15 +52,8 @@ def _wgmma(value: Array) -> Array:
 
 
 def store(ref: Any, value: Array) -> None:
-    """Stores registers as they lie: JAX 0.12 wants to be told that this may be slow."""
+    """Stores registers in the layout of wgmma."""
     store_registers(ref, _wgmma(value))
-
-
-def store_registers(ref: Any, value: Array) -> None:
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
 
 
 def full(shape: tuple[int, ...], value: float, dtype: Any = jnp.float32) -> Array:

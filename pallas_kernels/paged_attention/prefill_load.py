@@ -17,8 +17,9 @@ from pallas_kernels.paged_attention.prefill_shape import (
     PrefillRefs,
     PrefillShape,
 )
-from pallas_kernels.paged_attention.prefill_store import eight_rows, store_registers
+from pallas_kernels.paged_attention.prefill_store import eight_rows
 from pallas_kernels.paged_attention.prefill_walk import Item, for_each_item
+from pallas_kernels.registers import store_registers
 
 AT_ONCE = 4
 """Eight rows of a tile that are in registers at once when it is rewritten."""

@@ -15,20 +15,13 @@ from pallas_kernels.paged_attention.prefill_shape import (
     PrefillRefs,
     PrefillShape,
 )
+from pallas_kernels.registers import store_registers
 
 
 def eight_rows(features: int) -> Any:
     """How a warpgroup holds eight rows: each warp two of them, each lane a few neighbours."""
     tiling = plgpu.Tiling(((8, features), (2, features), (features // 16,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
-
-
-def store_registers(ref: Any, value: Array) -> None:
-    """Stores registers as they lie: JAX 0.12 wants to be told that this may be slow."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
-    else:
-        ref[...] = value
 
 
 def store_log_sum_exp(

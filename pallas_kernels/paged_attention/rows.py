@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from pallas_kernels.registers import store_registers
+
 
 def in_rows(value: Array) -> Array:
     """States the register layout, which is otherwise searched for, at length."""
@@ -30,8 +32,5 @@ def load(ref: Any) -> Array:
 
 
 def store(ref: Any, value: Array) -> None:
-    """Stores registers as they lie: JAX 0.12 wants to be told that this may be slow."""
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, in_rows(value), optimized=False)
-    else:
-        ref[...] = in_rows(value)
+    """Stores registers in the layout of rows."""
+    store_registers(ref, in_rows(value))
