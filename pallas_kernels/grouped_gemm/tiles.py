@@ -88,18 +88,23 @@ def for_each_tile(
 
         def one_tile(carry):
             tile, step = carry
-            per_tile = blocks_per_tile
-            if not config.upright:
-                # A group is cut evenly: two tiles of 136 rows beat one of 256 and one of 16.
-                per_tile = lax.div(blocks + row_tiles - 1, row_tiles)
             column_tile = lax.div(tile - tiles_before, row_tiles)
             row_tile = tile - tiles_before - column_tile * row_tiles
-            row = (lax.div(start, BLOCK) + row_tile * per_tile) * BLOCK
+
+            def blocks_before(row_tile):
+                # A group is cut evenly: two tiles of 136 rows beat one of 256 and one of 16.
+                if config.upright:
+                    return row_tile * blocks_per_tile
+                return lax.div(row_tile * blocks, row_tiles)
+
+            first_block = lax.div(start, BLOCK)
+            row = (first_block + blocks_before(row_tile)) * BLOCK
+            row_after = (first_block + blocks_before(row_tile + 1)) * BLOCK
             work = Tile(
                 weights=layer_ref[0] * groups + group,
                 row=row,
                 begin=lax.max(row, start),
-                end=lax.min(row + per_tile * BLOCK, end),
+                end=lax.min(row_after, end),
                 column=column_tile * tile_columns,
             )
             spanned = work.end - row
