@@ -149,7 +149,7 @@ def _measure_layer(layer: Layer, compiled: dict, limits: dict[str, float]) -> li
             chosen = (jnp.asarray(experts), gates)
             routing = (routers, gates) if variant.routed else chosen
             if variant.routed:
-                chosen = [each[None] for each in route(x, routers[0], layer.top_k, VARIANTS[-1])]
+                chosen = [each[None] for each in route(x, routers[0], layer.top_k, variant)]
             arrays = [w for m in weights for w in (quantize_matrices(m) if variant.float8 else [m])]
             arguments = (x, *routing, *arrays)
             want = _exact_tokens(x, *chosen, *weights)

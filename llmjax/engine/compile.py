@@ -30,12 +30,13 @@ def choose_buckets(
     config: EngineConfig,
     num_stages: int = 1,
     context_ranks: int = 1,
+    fewest_rows: int = 1,
 ) -> tuple[Bucket, ...]:
     """Decode buckets of several batch sizes, and prefill buckets that hold any batch size.
 
     Each stage of a pipeline has its share of the batch, so no step decodes more than that; and a
     prefill bucket holds a share of the longest step. Sizes are rounded up to multiples of the
-    context ranks, which share a bucket's tokens.
+    context ranks, which share a bucket's tokens, and each of these gets `fewest_rows` at least.
 
     Raises:
         ConfigError: buckets that were asked for do not cover the largest batch or step.
@@ -54,7 +55,8 @@ def choose_buckets(
             raise ConfigError(
                 f"{key} ends at {sizes[-1]}, below {limit}={needed}: add a bucket of {needed}."
             )
-    batches = tuple(sorted({min(batch, batch_share) for batch in batches}))
+    fewest = fewest_rows * context_ranks
+    batches = tuple(sorted({max(min(batch, batch_share), fewest) for batch in batches}))
     batches, prefills = (_round_up(sizes, context_ranks) for sizes in (batches, prefills))
     decodes = [
         Bucket(prefill_tokens=0, decodes=batch, prefill_rows=0, width=width) for batch in batches

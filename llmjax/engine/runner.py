@@ -32,6 +32,9 @@ from meshes import Rules
 
 logger = logging.getLogger(__name__)
 
+FEWEST_GPU_ROWS = 2
+"""Rows of the smallest decode step: XLA without Triton multiplies one row element by element."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dispatched:
@@ -76,7 +79,7 @@ class Runner:
         """Allocates nothing: with abstract weights a runner can lower its steps, and no more."""
         self.config, self.rules, self.mesh, self.engine = config, rules, mesh, engine
         self.weights = weights
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self.on_cpu = on_cpu = mesh.devices.flat[0].platform == "cpu"
         self.dtype = jax.tree.leaves(weights)[0].dtype
         self.page_size = engine.tokens_per_block or (16 if on_cpu else 64)
         self.max_batch_size = engine.max_batch_size or (8 if on_cpu else 256)
@@ -292,6 +295,7 @@ class Runner:
             context_ranks=self.rules.size("context"),
             config=self.engine,
             num_stages=self.num_stages,
+            fewest_rows=1 if self.on_cpu else FEWEST_GPU_ROWS,
         )
 
     def _empty_state(self, num_pages: int, tokens: int | None = None) -> EngineState:

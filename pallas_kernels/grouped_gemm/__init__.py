@@ -133,18 +133,20 @@ def route_tokens(
     Of equal experts and of equal groups the first are chosen. The `correction` is added to the
     scores for the choice only. Tokens that are not real get expert -1.
 
-    `implementation="mosaic_sm90"` is a kernel for Hopper in one launch, which raises
-    NotImplementedError for what it does not cover; None is XLA, as long as no GPU has compared the
-    kernel with it.
+    `implementation=None` takes the Hopper kernel, one launch, where it can run, else XLA, which is
+    the reference. Naming the kernel raises NotImplementedError for what it does not cover.
 
     Source: Mixtral (Jiang et al., 2024); groups of DeepSeek-V2, correction of DeepSeek-V3 (2024).
     """
     _check_implementation(implementation)
-    if implementation != "mosaic_sm90":
-        return route_tokens_by_xla(logits, correction, is_real, router)
-    from pallas_kernels.grouped_gemm import route_sm90
 
-    return route_sm90.route_tokens(logits, correction, is_real, router)
+    def run_kernel():
+        from pallas_kernels.grouped_gemm import route_sm90
+
+        return route_sm90.route_tokens(logits, correction, is_real, router)
+
+    routed = _try_kernel("route_tokens", "route_sm90", run_kernel, implementation)
+    return route_tokens_by_xla(logits, correction, is_real, router) if routed is None else routed
 
 
 def sort_rows(
@@ -155,11 +157,14 @@ def sort_rows(
     Of `implementation` the same is true as in `route_tokens`.
     """
     _check_implementation(implementation)
-    if implementation != "mosaic_sm90":
-        return sort_rows_by_xla(group_of_row, groups)
-    from pallas_kernels.grouped_gemm import sort_sm90
 
-    return sort_sm90.sort_rows(group_of_row, groups)
+    def run_kernel():
+        from pallas_kernels.grouped_gemm import sort_sm90
+
+        return sort_sm90.sort_rows(group_of_row, groups)
+
+    ordered = _try_kernel("sort_rows", "sort_sm90", run_kernel, implementation)
+    return sort_rows_by_xla(group_of_row, groups) if ordered is None else ordered
 
 
 def gather_rows(
@@ -189,6 +194,26 @@ def quantize_rows(x: Float[Array, "rows k"]) -> QuantizedRows:
         return quantize_sm90.quantize_rows(x)
     except NotImplementedError:
         return quantize_rows_by_xla(x)
+
+
+def _try_kernel(
+    operation: str, name: str, run_kernel: Callable[[], Any], implementation: str | None
+) -> Any:
+    """What a Hopper kernel returns; None if it is not wanted or, unless it is named, cannot run."""
+    if implementation == "reference":
+        return None
+    device = backend.get_default_device()
+    try:
+        if implementation is None and not _is_hopper(device):
+            raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
+        result = run_kernel()
+    except NotImplementedError as error:
+        if implementation is not None:
+            raise
+        _log_pick(operation, "reference", str(error))
+        return None
+    _log_pick(operation, name, f"on {device.device_kind}")
+    return result
 
 
 def _gather_by_xla(x: Array, index: Array) -> Array:

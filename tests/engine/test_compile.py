@@ -131,6 +131,14 @@ def test_buckets_that_were_asked_for_are_the_buckets():
     assert [bucket.prefill_tokens for bucket in found] == [0, 0, 100, 600]
 
 
+@pytest.mark.parametrize(("ranks", "decodes"), [(1, [2, 8]), (4, [8])])
+def test_each_context_rank_gets_the_fewest_rows_at_least(ranks, decodes):
+    found = buckets(fewest_rows=2, context_ranks=ranks)
+    assert [bucket.decodes for bucket in found if not bucket.prefill_tokens] == decodes
+    alone = buckets(fewest_rows=2, max_batch_size=1)
+    assert {bucket.decodes for bucket in alone} == {2}
+
+
 def test_a_budget_below_the_smallest_prefill_bucket_is_the_only_prefill_bucket():
     assert [bucket.prefill_tokens for bucket in buckets(max_num_tokens=20)][-1:] == [20]
     assert len(buckets(max_num_tokens=20, max_batch_size=1)) == 2

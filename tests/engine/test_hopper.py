@@ -33,7 +33,10 @@ CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-KERNELS = ("store_sm90", "decode_sm90", "prefill_sm90", "mosaic_sm90", "few_rows_sm90")
+KERNELS = (
+    "store_sm90", "decode_sm90", "prefill_sm90", "mosaic_sm90", "few_rows_sm90", "route_sm90",
+    "sort_sm90",
+)  # fmt: skip
 
 
 def build(folder):
