@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import reference
 from pallas_kernels.paged_attention.configs import decode_config, mla_config, prefill_config
 from pallas_kernels.paged_attention.limits import first_visible, keys_before, pack_limits
+from pallas_kernels.paged_attention.single_rows import split_rows
 
 __all__ = ["paged_attention", "store_rows"]
 
@@ -20,9 +21,9 @@ type Attended = tuple[Array, Array]
 
 # Kernels are imported where they are chosen: Mosaic takes two seconds, which a CPU need not wait.
 
-IMPLEMENTATIONS = ("decode_sm90", "mla_decode_sm90", "prefill_sm90", "reference")
-PROVEN_MULTIPLE = 64
-"""Of this head dimensions are multiples with which prefill has run on a GPU."""
+IMPLEMENTATIONS = (
+    "decode_sm90", "mla_decode_sm90", "prefill_sm90", "mla_prefill_sm90", "reference"
+)  # fmt: skip
 
 
 def paged_attention(
@@ -83,14 +84,14 @@ def paged_attention(
     )
     if implementation != "reference":
         one_each = max_query_length == 1 and q.shape[0] == lengths.shape[0]
-        decode = "decode_sm90" if v_pages is not None else "mla_decode_sm90"
-        name = implementation or (decode if one_each else "prefill_sm90")
+        latent = "" if v_pages is not None else "mla_"
+        name = implementation or latent + ("decode_sm90" if one_each else "prefill_sm90")
         try:
             device = _hopper_device()
             dealt = last_position is not None or page_stride > 1
             if dealt and not one_each:
                 raise NotImplementedError("takes all pages of a sequence")
-            if name != "prefill_sm90" and not one_each:
+            if name.endswith("decode_sm90") and not one_each:
                 raise NotImplementedError(
                     f"takes one query a row, got {q.shape[0]} queries in {lengths.shape[0]} rows "
                     f"of up to {max_query_length}"
@@ -101,15 +102,11 @@ def paged_attention(
                 here, limited = _restrict(operands, options, last, page_stride, first_page)
             if name == "mla_decode_sm90":
                 attended = _decode_latent(device, here, limited, value_dim)
+            elif name == "mla_prefill_sm90":
+                attended = _prefill_latent(device, here, limited, value_dim)
             elif v_pages is None:
                 raise NotImplementedError("takes values of their own")
             elif name == "prefill_sm90":
-                heads = q.shape[2], v_pages.shape[4]
-                if implementation is None and any(d % PROVEN_MULTIPLE for d in heads):
-                    raise NotImplementedError(
-                        f"prefill with head dimensions {heads} has not run on a GPU since it was "
-                        'mended; implementation="prefill_sm90" takes it'
-                    )
                 attended = _prefill(device, here, limited)
             else:
                 attended = _decode(device, here, limited)
@@ -221,6 +218,16 @@ def _decode_latent(
         q, pages, layer, page_table, lengths,
         **options, value_dim=value_dim, config=config,
     )  # fmt: skip
+
+
+def _prefill_latent(
+    device: Any, operands: tuple[Any, ...], options: dict[str, Any], value_dim: int | None
+) -> Attended:
+    """Each query as a row of its own: with many heads one fills the tensor cores."""
+    q, k_pages, v_pages, layer, page_table, query_start, lengths = operands
+    table, lengths = split_rows(page_table, query_start, lengths, tokens=q.shape[0])
+    alone = (q, k_pages, v_pages, layer, table, query_start, lengths)
+    return _decode_latent(device, alone, options, value_dim)
 
 
 def _prefill(device: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> Attended:

@@ -52,6 +52,9 @@ class _Loader:
             self._widen_tile(item, index, pages)
             return next_pages
 
+        if self.shape.shares_queries:
+            pl.when(item.tile.kv_tiles == 0)(functools.partial(self._load_queries, item))
+
         @pl.when(item.tile.kv_tiles > 0)
         def _():
             first = jnp.int32(0)
@@ -147,17 +150,20 @@ class _Loader:
     def _load_queries(self, item: Item) -> None:
         shape, refs = self.shape, self.refs
 
-        @pl.when(item.loaded > 0)
+        stages = jnp.int32(shape.query_stages)
+        place = lax.rem(item.loaded, stages)
+
+        @pl.when(item.loaded >= stages)
         def _():
-            plgpu.barrier_wait(refs.q_free)
+            plgpu.barrier_wait(refs.q_free.at[place])
 
         for warpgroup in range(WARPGROUPS):
             token, head = item.queries_of(shape, jnp.int32(warpgroup))
             rows = pl.ds(pl.multiple_of(token, TOKEN_ALIGNMENT), WARPGROUP_ROWS)
             plgpu.copy_gmem_to_smem(
                 refs.q.at[rows, pl.ds(head * shape.d, shape.d)],
-                refs.q_shared.at[warpgroup],
-                refs.q_full,
+                refs.q_shared.at[place, warpgroup],
+                refs.q_full.at[place],
             )
 
     def _copy_tile(

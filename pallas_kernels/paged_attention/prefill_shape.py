@@ -86,6 +86,15 @@ class PrefillShape:
         return swizzled_features(features, self.stored)
 
     @property
+    def shares_queries(self) -> bool:
+        """Whether outputs leave from where the queries were, of which there is room for two."""
+        return self.d == self.dv <= 128 and not self.narrow
+
+    @property
+    def query_stages(self) -> int:
+        return 2 if self.shares_queries else 1
+
+    @property
     def out_stages(self) -> int:
         """Chunks of outputs of a warpgroup in shared memory: wide heads and float8 leave less."""
         return 2 if self.dv <= 128 and not self.narrow else 1
@@ -122,8 +131,9 @@ class PrefillRefs:
     q_shared: Any
     k_shared: Any
     v_shared: Any
-    out_shared: Any
-    """Chunks of a warpgroup's outputs: one is filled while another leaves."""
+    out_shared: Any = None
+    """Chunks of a warpgroup's outputs: one is filled while another leaves; None if outputs leave
+    from where the queries were."""
     edge_shared: Any
     """Eight rows without swizzle, of which single ones leave, each aligned as copies need it."""
     weights_shared: Any = None
@@ -132,6 +142,7 @@ class PrefillRefs:
     v_narrow: Any = None
     k_landed: Any = None
     q_full: Any
+    """One for each place of queries, as `q_free`."""
     q_free: Any
     k_full: Any
     k_free: Any

@@ -154,19 +154,14 @@ def _launch(
     # Copies say that a tile is full, or the warpgroup that widens it.
     arrivals = 1 if shape.narrow else shape.copies
     scratch = {
-        "q_shared": key_tiles((WARPGROUPS, WARPGROUP_ROWS, shape.d)),
+        "q_shared": key_tiles((shape.query_stages, WARPGROUPS, WARPGROUP_ROWS, shape.d)),
         "k_shared": key_tiles((stages, kv_block, shape.d)),
         "v_shared": value_tiles((stages, kv_block, shape.dv)),
-        "out_shared": tiled(
-            (WARPGROUPS, shape.out_stages, WARPGROUP_ROWS, shape.chunk),
-            out_dtype,
-            swizzle=shape.chunk,
-        ),
         "edge_shared": plgpu.SMEM(
             (WARPGROUPS, TOKEN_ALIGNMENT, COPY_ALIGNMENT // row_bytes, shape.chunk), out_dtype
         ),
-        "q_full": plgpu.Barrier(num_arrivals=WARPGROUPS),
-        "q_free": plgpu.Barrier(num_arrivals=WARPGROUPS),
+        "q_full": plgpu.Barrier(num_barriers=shape.query_stages, num_arrivals=WARPGROUPS),
+        "q_free": plgpu.Barrier(num_barriers=shape.query_stages, num_arrivals=WARPGROUPS),
         "k_full": plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
         "k_free": plgpu.Barrier(num_barriers=stages, num_arrivals=WARPGROUPS),
         "v_full": plgpu.Barrier(num_barriers=stages, num_arrivals=arrivals),
@@ -174,6 +169,12 @@ def _launch(
         "v_landed": plgpu.Barrier(num_arrivals=shape.copies),
         "turn": plgpu.Barrier(num_barriers=WARPGROUPS),
     }
+    if not shape.shares_queries:
+        scratch["out_shared"] = tiled(
+            (WARPGROUPS, shape.out_stages, WARPGROUP_ROWS, shape.chunk),
+            out_dtype,
+            swizzle=shape.chunk,
+        )
     if shape.narrow:
         scratch["k_landed"] = plgpu.Barrier(num_arrivals=shape.copies)
         for name, features in (("k", shape.d), ("v", shape.dv)):

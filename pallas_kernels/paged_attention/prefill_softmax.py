@@ -26,9 +26,10 @@ from pallas_kernels.paged_attention.prefill_store import store_log_sum_exp, stor
 from pallas_kernels.paged_attention.prefill_walk import Item, for_each_item
 
 LOG2_E = math.log2(math.e)
-HIDDEN = -1e30
+HIDDEN = -(2.0**100)
 """Score of a hidden position. It is finite: a row that has seen nothing yet stays a number, and
-what it has summed up is forgotten at the first position that it sees."""
+what it has summed up is forgotten at the first position that it sees. It is a power of 2: its
+products are exact, so that it less itself is 0 where the product is fused with the difference."""
 
 
 class Softmax(NamedTuple):
@@ -77,7 +78,7 @@ class _Computer:
         if self.refs.scales is not None:
             inverse *= self.refs.scales[1]
         out = _wgmma(done.sums * _along(inverse, shape.dv))
-        store_out(shape, self.refs, item.tile, token, head, self.warpgroup, out)
+        store_out(shape, self.refs, item, token, head, self.warpgroup, out)
         lse = (done.highest + jnp.log2(done.total)) * (1 / LOG2_E)
         lse = _wgmma(lse + jnp.where(empty, -jnp.inf, 0.0))
         store_log_sum_exp(self.refs, item.tile, token, head, lse)
@@ -92,10 +93,21 @@ class _Computer:
             _wgmma(jnp.zeros((queries,), jnp.float32)),
         )
 
+        place = item.place(shape)
+
+        @pl.when((count > 0) | shape.shares_queries)
+        def _():
+            plgpu.barrier_wait(self.refs.q_full.at[place])
+
         @pl.when(count > 0)
         def _():
-            plgpu.barrier_wait(self.refs.q_full)
             plgpu.barrier_wait(self.refs.turn.at[self.warpgroup])
+
+        if shape.shares_queries:
+
+            @pl.when(count == 0)
+            def _():
+                self._free_queries(item)
 
         # The positions that all queries see are between two edges.
         last_full = lax.div(jnp.maximum(position + 1 - item.tile.kv_begin, 0), jnp.int32(kv_block))
@@ -120,21 +132,21 @@ class _Computer:
         """Adds a tile to the softmax. It begins and ends with the turn at the tensor cores."""
         slot = lax.rem(item.steps + index, jnp.int32(self.shape.config.stages))
         last = index == item.tile.kv_tiles - 1
-        scores, factor = self._capped(self._multiply_keys(slot, last))
+        scores, factor = self._capped(self._multiply_keys(item, index, slot, last))
         if masked:
             start = item.tile.kv_begin + index * self.shape.config.kv_block
             scores = jnp.where(self._visible(position, start), scores, HIDDEN)
         done, weights = self._weigh(carry, scores, factor)
         return done._replace(sums=self._add_values(done.sums, weights, slot, last))
 
-    def _multiply_keys(self, slot: Array, last: Array) -> Array:
+    def _multiply_keys(self, item: Item, index: Array, slot: Array, last: Array) -> Array:
         """Returns the products of queries and keys, and ends the turn."""
         refs = self.refs
         plgpu.barrier_wait(refs.k_full.at[slot])
 
         def multiply(product: Any) -> Array:
             keys = refs.k_shared.at[slot].transpose((1, 0))
-            plgpu.wgmma(product, refs.q_shared.at[self.warpgroup], keys)
+            plgpu.wgmma(product, refs.q_shared.at[item.place(self.shape), self.warpgroup], keys)
             self._end_turn()
             return _wgmma(product[...])
 
@@ -142,11 +154,27 @@ class _Computer:
         product = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(tile, jnp.float32))
         plgpu.barrier_arrive(refs.k_free.at[slot])
 
-        @pl.when(last)
-        def _():
-            plgpu.barrier_arrive(refs.q_free)
+        if self.shape.shares_queries:
+
+            @pl.when(index == 0)
+            def _():
+                self._free_queries(item)
+        else:
+
+            @pl.when(last)
+            def _():
+                plgpu.barrier_arrive(refs.q_free.at[item.place(self.shape)])
 
         return product
+
+    def _free_queries(self, item: Item) -> None:
+        """Frees the place of the item before, from where its outputs have left by now."""
+
+        @pl.when(item.loaded > 0)
+        def _():
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            stages = jnp.int32(self.shape.query_stages)
+            plgpu.barrier_arrive(self.refs.q_free.at[lax.rem(item.loaded + 1, stages)])
 
     def _weigh(
         self, before: Softmax, scores: Array, factor: Array | float

@@ -15,6 +15,7 @@ from pallas_kernels.paged_attention.prefill_shape import (
     PrefillRefs,
     PrefillShape,
 )
+from pallas_kernels.paged_attention.prefill_walk import Item
 from pallas_kernels.registers import store_registers
 
 
@@ -35,14 +36,22 @@ def store_log_sum_exp(
 def store_out(
     shape: PrefillShape,
     refs: PrefillRefs,
-    tile: Tile,
+    item: Item,
     token: Array,
     head: Array,
     warpgroup: Array,
     out: Array,
 ) -> None:
     """Stores the outputs of a warpgroup's queries, the first of which is `token`."""
+    tile = item.tile
     out = out.astype(refs.out.dtype)
+    if shape.shares_queries:
+        staged = refs.q_shared.at[item.place(shape), warpgroup]
+        staged[...] = plgpu.layout_cast(out, plgpu.Layout.WGMMA)
+        plgpu.commit_smem()
+        _store_rows(shape, staged, refs.edge_shared.at[warpgroup], refs.out, tile, token, head, 0)
+        plgpu.commit_smem_to_gmem_group()
+        return
     for index, column in enumerate(range(0, shape.dv, shape.chunk)):
         staged = refs.out_shared.at[warpgroup, index % shape.out_stages]
         # Stages alternate within an item; an item begins with all of them free.
@@ -50,16 +59,29 @@ def store_out(
         part = out[:, column : column + shape.chunk]
         staged[...] = plgpu.layout_cast(part, plgpu.Layout.WGMMA)
         plgpu.commit_smem()
-        columns = pl.ds(pl.multiple_of(head * shape.dv + column, shape.chunk), shape.chunk)
-        _store_rows(staged, refs.edge_shared.at[warpgroup], refs.out, tile, token, columns)
+        _store_rows(
+            shape, staged, refs.edge_shared.at[warpgroup], refs.out, tile, token, head, column
+        )
         plgpu.commit_smem_to_gmem_group()
 
 
+def _columns_of(shape: PrefillShape, head: Array, first: int, features: int) -> Any:
+    return pl.ds(pl.multiple_of(head * shape.dv + first, shape.chunk), features)
+
+
 def _store_rows(
-    staged: Any, edge: Any, target: Any, tile: Tile, token: Array, columns: Any
+    shape: PrefillShape,
+    staged: Any,
+    edge: Any,
+    target: Any,
+    tile: Tile,
+    token: Array,
+    head: Array,
+    column: int,
 ) -> None:
     """Copies staged rows out from `token` on, those within the tile's own tokens."""
     token = pl.multiple_of(token, TOKEN_ALIGNMENT)
+    columns = _columns_of(shape, head, column, staged.shape[1])
     whole = (tile.begin <= token) & (token + WARPGROUP_ROWS <= tile.end)
 
     @pl.when(whole)
@@ -82,17 +104,20 @@ def _store_rows(
         @pl.when(end - begin < TOKEN_ALIGNMENT)
         def _():
             # The swizzle ties eight rows together; single rows leave from an unswizzled copy.
-            plgpu.commit_smem_to_gmem_group()
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            layout = eight_rows(eight.shape[1])
-            store_registers(edge.at[:, 0], plgpu.load(eight, layout=layout, optimized=False))
-            plgpu.commit_smem()
+            layout = eight_rows(shape.chunk)
+            for chunk in range(0, eight.shape[1], shape.chunk):
+                plgpu.commit_smem_to_gmem_group()
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                part = eight.at[:, pl.ds(chunk, shape.chunk)]
+                store_registers(edge.at[:, 0], plgpu.load(part, layout=layout, optimized=False))
+                plgpu.commit_smem()
+                place = _columns_of(shape, head, column + chunk, shape.chunk)
 
-            def store_one(token: Array, _: None) -> None:
-                source, row = edge.at[token - first, pl.ds(0, 1)], pl.ds(token, 1)
-                plgpu.copy_smem_to_gmem(source, target.at[row, columns], commit_group=False)
+                def store_one(token: Array, _: None, place: Any = place) -> None:
+                    source, row = edge.at[token - first, pl.ds(0, 1)], pl.ds(token, 1)
+                    plgpu.copy_smem_to_gmem(source, target.at[row, place], commit_group=False)
 
-            lax.fori_loop(begin, end, store_one, None)
+                lax.fori_loop(begin, end, store_one, None)
 
     @pl.when(jnp.logical_not(whole))
     def _():

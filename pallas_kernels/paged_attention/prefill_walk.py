@@ -22,6 +22,9 @@ class Item(NamedTuple):
     loaded: Array
     """Items that read any, before this one."""
 
+    def place(self, shape: PrefillShape) -> Array:
+        return lax.rem(self.loaded, jnp.int32(shape.query_stages))
+
     def queries_of(self, shape: PrefillShape, warpgroup: Array) -> tuple[Array, Array]:
         """Returns the first token and the head of a warpgroup's queries."""
         if shape.item_heads == 1:
@@ -56,7 +59,11 @@ def for_each_item(shape: PrefillShape, refs: PrefillRefs, body: Callable[[Item],
         tile = Tile(*[refs.tiles[number, field] for field in range(len(Tile._fields))])
         head = lax.rem(index, jnp.int32(per_tile)) * shape.item_heads
         body(Item(tile, head, steps, loaded))
-        return turn + 1, steps + tile.kv_tiles, loaded + (tile.kv_tiles > 0).astype(jnp.int32)
+        return (
+            turn + 1,
+            steps + tile.kv_tiles,
+            loaded + (1 if shape.shares_queries else (tile.kv_tiles > 0).astype(jnp.int32)),
+        )
 
     zero = jnp.int32(0)
     lax.while_loop(unfinished, one_item, (zero, zero, zero))

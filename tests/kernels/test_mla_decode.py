@@ -21,6 +21,7 @@ import pallas_kernels
 from pallas_kernels.paged_attention.configs import mla_config
 from pallas_kernels.paged_attention.mla_decode_sm90 import mla_decode
 from pallas_kernels.paged_attention.mla_shape import MlaConfig
+from pallas_kernels.paged_attention.single_rows import split_rows
 
 assert_equal_attention = functools.partial(kernel_checks.assert_equal_attention, lse_atol=1e-4)
 
@@ -78,6 +79,28 @@ def test_rows_that_several_blocks_share_are_merged(blocks):
     assert_equal_attention(decode(case, blocks=blocks, races=False), expected(case))
 
 
+PREFILL = ([50, 17, 0, 3, 40], [20, 17, 0, 1, 2])
+"""Lengths of rows and, of these, queries: a cached prefix, a new prompt, nothing, a decode, two."""
+
+
+def prefill_case(lengths: list[int], queries: list[int], **sizes: Any) -> Any:
+    """Random queries of many rows, and two outside every row."""
+    _, pages, layer, table, counts = mla_case(lengths, **sizes)
+    start = jnp.asarray(np.cumsum([0, *queries]), jnp.int32)
+    (q, *_) = mla_case([1] * (sum(queries) + 2), **sizes)
+    return q, pages, None, layer, table, start, counts
+
+
+def test_rows_of_many_queries_run_as_rows_of_one():
+    q, pages, _, layer, table, start, counts = prefill_case(*PREFILL)
+    alone, visible = split_rows(table, start, counts, tokens=len(q))
+    got = decode((q, pages, layer, alone, visible), blocks=2, races=False)
+    want = float32_attention(
+        q, pages, None, layer, table, start, counts, max_query_length=20, value_dim=256
+    )
+    assert_equal_attention(got, want)
+
+
 @pytest.mark.parametrize("heads, page", [(128, 64), (16, 16), (96, 128)])
 def test_every_shipped_configuration_lowers_for_cuda(heads, page):
     config = mla_config(num_sms=132)
@@ -117,3 +140,14 @@ def test_latent_kernel_agrees_with_float32_on_the_gpu(heads, page):
     got = jax.jit(run)(q, pages, None, layer, table, starts, counts)
     with jax.default_matmul_precision("highest"):
         assert_equal_attention(got, expected(case, value_dim=512))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 128])
+def test_latent_prefill_agrees_with_float32_on_the_gpu(heads):
+    case = prefill_case([700, 300, 0, 65, 129], [400, 300, 0, 1, 64], heads=heads, value_dim=512)
+    run = functools.partial(pallas_kernels.paged_attention, implementation="mla_prefill_sm90")
+    run = functools.partial(run, scale=0.125, max_query_length=400, value_dim=512)
+    with jax.default_matmul_precision("highest"):
+        want = float32_attention(*case, max_query_length=400, value_dim=512)
+    assert_equal_attention(jax.jit(run)(*case), want)

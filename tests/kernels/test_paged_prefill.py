@@ -1,6 +1,4 @@
 import functools
-import importlib
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -222,18 +220,6 @@ def test_a_machine_without_a_hopper_gpu_runs_the_reference():
     np.testing.assert_array_equal(run(*arguments)[0], want[0])
     with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
         run(*arguments, implementation="prefill_sm90")
-
-
-def test_heads_that_no_gpu_has_run_take_the_reference_by_themselves(monkeypatch, caplog):
-    module = importlib.import_module("pallas_kernels.paged_attention")
-    hopper = SimpleNamespace(core_count=132, device_kind="a Hopper")
-    monkeypatch.setattr(module, "_hopper_device", lambda: hopper)
-    module._log_pick.cache_clear()
-    case = prefill_case([(70, 13), (0, 20)], d=96, dv=96)
-    with caplog.at_level("INFO", logger="pallas_kernels"):
-        out = pallas_kernels.paged_attention(*case, scale=0.125, max_query_length=20)
-    assert "prefill with head dimensions (96, 96) has not run on a GPU" in caplog.text
-    assert_equal_attention(out, expected(case))
 
 
 @pytest.mark.gpu
