@@ -6,12 +6,13 @@ each; the time per output token is a whole run less a run of one token, over the
 
 import argparse
 import datetime
+import importlib
 import json
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -111,6 +112,16 @@ def byte_floor_ms(llm: LLM, batch: int, context: int) -> float | None:
     return (total + batch * context * cached) / bandwidth / 1e6
 
 
+def without_attention_kernels() -> None:
+    """Makes paged attention take its reference on any device, for the rest of the process."""
+
+    def no_device() -> NoReturn:
+        raise NotImplementedError("the reference was asked for")
+
+    package = importlib.import_module("pallas_kernels.paged_attention")
+    vars(package)["_hopper_device"] = no_device
+
+
 def measure(llm: LLM, batch: int, prompt: int, new: int) -> dict[str, Any]:
     """One row of the table."""
     time_run(llm, batch, prompt, 4, seed=0)
@@ -141,12 +152,17 @@ def main() -> None:
     parser.add_argument("--layer-loop", default=None, choices=["scan", "unroll"])
     parser.add_argument("--token-buckets", default="512,8192")
     parser.add_argument("--compiler-option", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument(
+        "--reference-attention", action="store_true", help="attend to pages by XLA, to compare"
+    )
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     batches = [int(batch) for batch in arguments.batches.split(",")]
     buckets = tuple(int(size) for size in arguments.token_buckets.split(","))
     pairs = (option.split("=", 1) for option in arguments.compiler_option)
     options: dict[str, Any] = {name: json.loads(value.lower()) for name, value in pairs}
+    if arguments.reference_attention:
+        without_attention_kernels()
     started = time.perf_counter()
     llm = build(
         arguments.model,
@@ -168,6 +184,7 @@ def main() -> None:
         "dtype": str(jax.tree.leaves(llm.engine.runner.weights)[0].dtype),
         "layer_loop": llm.engine.runner.maker.options.layer_loop,
         "compiler_options": options,
+        "reference_attention": arguments.reference_attention,
         "start_up_s": time.perf_counter() - started,
         "rows": [],
     }

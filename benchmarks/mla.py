@@ -1,9 +1,9 @@
-"""Decode of latent attention at the batch sizes and contexts of serving, ours beside XLA's.
+"""Latent attention at the batch sizes and contexts of serving, ours beside XLA's.
 
-Lengths are ragged, from half the context to all of it; pages lie anywhere in a pool. Small caches
-are read from several places in turn, so that the L2 cache cannot serve them. Outputs of the first
-and the last row are compared with float64 after the memory they will land in was filled with NaN,
-and must be finite everywhere.
+Lengths of decode are ragged, from half the context to all of it; pages lie anywhere in a pool.
+Small caches are read from several places in turn, so that the L2 cache cannot serve them. Outputs
+of the first and the last query are compared with float64 after the memory they will land in was
+filled with NaN, and must be finite everywhere.
 """
 
 import time
@@ -32,6 +32,7 @@ from pallas_kernels import reference
 from pallas_kernels.paged_attention import configs
 from pallas_kernels.paged_attention.mla_decode_sm90 import mla_decode
 from pallas_kernels.paged_attention.mla_shape import MlaConfig
+from pallas_kernels.paged_attention.single_rows import split_rows
 
 __all__ = ["SHAPES", "compile_all", "lower", "measure"]
 
@@ -43,23 +44,41 @@ POOL_POSITIONS = 2**21
 
 @dataclass(frozen=True, kw_only=True)
 class Shape(DecodeShape):
-    """One decode step of one layer."""
+    """One step of one layer."""
 
     heads: int = 128
+    queries: int = 1
+    """Queries of a row, at its end: more than one is prefill, and all rows are of full length."""
 
     @property
     def name(self) -> str:
-        return f"{self.rows} x {self.context}, {self.heads} heads"
+        prefill = f", last {self.queries} are queries" if self.queries > 1 else ""
+        return f"{self.rows} x {self.context}{prefill}, {self.heads} heads"
+
+    @property
+    def distribution(self) -> str:
+        return f"even, page {self.page}" if self.queries > 1 else super().distribution
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.queries
+
+    def lengths(self) -> np.ndarray:
+        if self.queries == 1:
+            return super().lengths()
+        return np.full(self.rows, self.context, np.int32)
 
     def bytes(self) -> float:
         return 2.0 * D * int(self.lengths().sum())
 
     def flops(self) -> float:
-        return 2.0 * (D + DV) * self.heads * int(self.lengths().sum())
+        later = self.rows * self.queries * (self.queries - 1) // 2
+        visible = self.queries * int(self.lengths().sum()) - later
+        return 2.0 * (D + DV) * self.heads * visible
 
     def arguments(self) -> list[jax.ShapeDtypeStruct]:
         return [
-            jax.ShapeDtypeStruct((self.rows, self.heads, D), jnp.bfloat16),
+            jax.ShapeDtypeStruct((self.tokens, self.heads, D), jnp.bfloat16),
             jax.ShapeDtypeStruct(
                 (1, POOL_POSITIONS // self.page, self.page, 1, D), jnp.bfloat16
             ),
@@ -73,6 +92,11 @@ SHAPES = (
     *(Shape(rows=rows, context=context) for rows, context in ANCHORS),
     *(Shape(rows=64, context=4096, heads=heads) for heads in (16, 64)),
     *(Shape(rows=64, context=4096, page=page) for page in (16, 128)),
+    *(
+        Shape(rows=1, context=context, queries=queries, heads=heads)
+        for context, queries in ((4096, 4096), (8704, 512))
+        for heads in (16, 128)
+    ),
 )
 TUNED = (SHAPES[0], SHAPES[1], SHAPES[2], SHAPES[4])
 CANDIDATES = (("4 tiles at least", MlaConfig(blocks=132, min_tiles=4)),)
@@ -81,6 +105,8 @@ CANDIDATES = (("4 tiles at least", MlaConfig(blocks=132, min_tiles=4)),)
 
 def _ours(config: MlaConfig) -> Callable:
     def run(q, pages, table, lengths):
+        if len(q) > len(lengths):
+            table, lengths = split_rows(table, _query_start(q, lengths), lengths, tokens=len(q))
         return mla_decode(
             q, pages, 0, table, lengths, scale=SCALE, value_dim=DV, config=config
         )[0]  # fmt: skip
@@ -90,9 +116,13 @@ def _ours(config: MlaConfig) -> Callable:
 
 def _reference(q, pages, table, lengths):
     return reference.paged_attention(
-        q, pages, None, 0, table, jnp.arange(q.shape[0] + 1), lengths,
-        scale=SCALE, max_query_length=1, value_dim=DV,
+        q, pages, None, 0, table, _query_start(q, lengths), lengths,
+        scale=SCALE, max_query_length=len(q) // len(lengths), value_dim=DV,
     )[0]  # fmt: skip
+
+
+def _query_start(q, lengths):
+    return jnp.arange(len(lengths) + 1) * (len(q) // len(lengths))
 
 
 def _gather(q, pages, table, lengths):
@@ -114,7 +144,8 @@ def programs(shape: Shape, *, tune: bool, num_sms: int) -> Iterator[tuple[str, C
         yield f"llmjax, {name}", _ours(config)
     if shape.rows * shape.context <= 2**18:
         yield "XLA, reference", _reference
-        yield "XLA, gather", _gather
+        if shape.queries == 1:
+            yield "XLA, gather", _gather
 
 
 def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
@@ -148,8 +179,8 @@ def _measure_program(
         row["error"] = decode_error(
             program,
             cases[0],
-            shape=(shape.rows, shape.heads, DV),
-            exact_row=partial(_exact_row, cases[0]),
+            shape=(shape.tokens, shape.heads, DV),
+            exact_row=partial(_exact_row, shape, cases[0]),
         )
         us = timing.rotating_microseconds(program, cases, repeats=max(len(cases), 20))
         row |= rates(shape, us, limits)
@@ -158,12 +189,14 @@ def _measure_program(
 
 def _arguments(shape: Shape, pool: jax.Array, place: int) -> tuple:
     rng = np.random.default_rng(place)
-    q = jax.random.normal(jax.random.key(place), (shape.rows, shape.heads, D), jnp.bfloat16)
+    q = jax.random.normal(jax.random.key(place), (shape.tokens, shape.heads, D), jnp.bfloat16)
     table = random_table(rng, POOL_POSITIONS // shape.page, shape.rows, shape.width)
     return q, pool, table, jnp.asarray(shape.lengths())
 
 
-def _exact_row(case: tuple, row: int) -> np.ndarray:
+def _exact_row(shape: Shape, case: tuple, token: int) -> np.ndarray:
     q, pool, table, lengths = case
-    keys = np.asarray(pool[0, table[row]].reshape(-1, 1, D)[: int(lengths[row])], np.float64)
-    return exact_attention(q[row], keys, keys[..., :DV], scale=SCALE)
+    row, query = divmod(token, shape.queries)
+    visible = int(lengths[row]) - (shape.queries - 1 - query)
+    keys = np.asarray(pool[0, table[row]].reshape(-1, 1, D)[:visible], np.float64)
+    return exact_attention(q[token], keys, keys[..., :DV], scale=SCALE)
