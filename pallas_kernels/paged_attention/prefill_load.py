@@ -150,10 +150,9 @@ class _Loader:
     def _load_queries(self, item: Item) -> None:
         shape, refs = self.shape, self.refs
 
-        stages = jnp.int32(shape.query_stages)
-        place = lax.rem(item.loaded, stages)
+        place = item.place(shape)
 
-        @pl.when(item.loaded >= stages)
+        @pl.when(item.loaded >= shape.query_stages)
         def _():
             plgpu.barrier_wait(refs.q_free.at[place])
 

@@ -87,11 +87,15 @@ class PrefillShape:
 
     @property
     def shares_queries(self) -> bool:
-        """Whether outputs leave from where the queries were, of which there is room for two."""
-        return self.d == self.dv <= 128 and not self.narrow
+        """Whether outputs leave from where the queries were, of which there is room for two.
+
+        Heads between have narrower swizzles, and have run on a GPU without only.
+        """
+        return self.d == self.dv in (64, 128) and not self.narrow
 
     @property
     def query_stages(self) -> int:
+        """Items whose queries are in shared memory."""
         return 2 if self.shares_queries else 1
 
     @property

@@ -66,6 +66,7 @@ def store_out(
 
 
 def _columns_of(shape: PrefillShape, head: Array, first: int, features: int) -> Any:
+    """Columns of the outputs that hold these features of a head."""
     return pl.ds(pl.multiple_of(head * shape.dv + first, shape.chunk), features)
 
 

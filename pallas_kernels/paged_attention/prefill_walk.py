@@ -20,9 +20,11 @@ class Item(NamedTuple):
     steps: Array
     """Tiles of keys that the block has read before."""
     loaded: Array
-    """Items that read any, before this one."""
+    """Items before this one that loaded queries: those that read any tile, or, where queries and
+    outputs share their places, all."""
 
     def place(self, shape: PrefillShape) -> Array:
+        """Which place in shared memory its queries have."""
         return lax.rem(self.loaded, jnp.int32(shape.query_stages))
 
     def queries_of(self, shape: PrefillShape, warpgroup: Array) -> tuple[Array, Array]:
