@@ -138,8 +138,7 @@ def test_latent_kernel_agrees_with_float32_on_the_gpu(heads, page):
     run = functools.partial(run, scale=0.125, max_query_length=1, value_dim=512)
     starts = jnp.arange(len(lengths) + 1)
     got = jax.jit(run)(q, pages, None, layer, table, starts, counts)
-    with jax.default_matmul_precision("highest"):
-        assert_equal_attention(got, expected(case, value_dim=512))
+    assert_equal_attention(got, expected(case, value_dim=512))
 
 
 @pytest.mark.gpu
@@ -148,6 +147,5 @@ def test_latent_prefill_agrees_with_float32_on_the_gpu(heads):
     case = prefill_case([700, 300, 0, 65, 129], [400, 300, 0, 1, 64], heads=heads, value_dim=512)
     run = functools.partial(pallas_kernels.paged_attention, implementation="mla_prefill_sm90")
     run = functools.partial(run, scale=0.125, max_query_length=400, value_dim=512)
-    with jax.default_matmul_precision("highest"):
-        want = float32_attention(*case, max_query_length=400, value_dim=512)
+    want = float32_attention(*case, max_query_length=400, value_dim=512)
     assert_equal_attention(jax.jit(run)(*case), want)

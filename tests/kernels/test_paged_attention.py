@@ -313,8 +313,7 @@ def test_decode_kernel_agrees_with_float32_on_the_gpu(d, dv, page):
     arguments = *case[:5], jnp.arange(len(lengths) + 1), case[5]
     run = functools.partial(pallas_kernels.paged_attention, implementation="decode_sm90")
     got = jax.jit(functools.partial(run, scale=0.125, max_query_length=1))(*arguments)
-    with jax.default_matmul_precision("highest"):
-        assert_equal_attention(got, expected(case))
+    assert_equal_attention(got, expected(case))
 
 
 @pytest.mark.gpu
@@ -329,8 +328,7 @@ def test_decode_kernel_reads_pages_of_float8_on_the_gpu(heads, d, dv, page):
     scales: Any = dict(k_scale=jnp.float32(0.5), v_scale=jnp.float32(0.75))
     run = functools.partial(pallas_kernels.paged_attention, implementation="decode_sm90")
     got = jax.jit(functools.partial(run, scale=0.125, max_query_length=1))(*arguments, **scales)
-    with jax.default_matmul_precision("highest"):
-        assert_equal_attention(got, expected(case, **scales))
+    assert_equal_attention(got, expected(case, **scales))
 
 
 @pytest.mark.gpu
@@ -353,8 +351,7 @@ def test_decode_kernel_reads_the_end_of_a_pool_of_more_than_two_to_the_31_elemen
     got = jax.jit(functools.partial(run, scale=0.125, max_query_length=1))(
         q, enlarge(k_pages), enlarge(v_pages), layer, last, jnp.arange(len(lengths) + 1), case[5]
     )
-    with jax.default_matmul_precision("highest"):
-        assert_equal_attention(got, expected(case))
+    assert_equal_attention(got, expected(case))
 
 
 @pytest.mark.gpu
@@ -368,5 +365,4 @@ def test_decode_kernel_finds_its_share_of_many_rows_on_the_gpu(rows, dtype):
     run = functools.partial(pallas_kernels.paged_attention, implementation="decode_sm90")
     for options in ({}, dict(window=jnp.int32(70), chunk=jnp.int32(128), soft_cap=3.0)):
         kernel = functools.partial(run, scale=0.125, max_query_length=1, **options)
-        with jax.default_matmul_precision("highest"):
-            assert_equal_attention(jax.jit(kernel)(*arguments), expected(case, **options))
+        assert_equal_attention(jax.jit(kernel)(*arguments), expected(case, **options))

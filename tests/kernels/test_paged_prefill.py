@@ -250,8 +250,7 @@ def test_prefill_kernel_agrees_with_float32_on_the_gpu(heads, kv_heads, d, dv, p
         options = dict(window=jnp.int32(77), soft_cap=3.0, sinks=jnp.asarray([-2.0, 0.0, 4.0]))
     run = functools.partial(pallas_kernels.paged_attention, implementation="prefill_sm90")
     run = functools.partial(run, scale=0.125, max_query_length=500, **options)
-    with jax.default_matmul_precision("highest"):
-        assert_equal_attention(jax.jit(run)(*case), expected(case, **options))
+    assert_equal_attention(jax.jit(run)(*case), expected(case, **options))
 
 
 @pytest.mark.gpu
@@ -275,5 +274,4 @@ def test_prefill_kernel_reads_pages_of_float8_on_the_gpu(heads, kv_heads, d, dv,
         options |= dict(window=jnp.int32(77), soft_cap=3.0, sinks=jnp.asarray([-2.0, 0.0, 4.0]))
     run = functools.partial(pallas_kernels.paged_attention, implementation="prefill_sm90")
     run = functools.partial(run, scale=0.125, max_query_length=500, **options)
-    with jax.default_matmul_precision("highest"):
-        assert_equal_attention(jax.jit(run)(*case), expected(case, **options))
+    assert_equal_attention(jax.jit(run)(*case), expected(case, **options))
