@@ -152,13 +152,22 @@ def test_steps_with_the_kernels_lower_for_cuda(tmp_path, monkeypatch, picks, fam
     assert all("store_rows" in line and family == "deepseek_v3" for line in others), others
 
 
+MAY_FLIP = {"deepseek_v3": 0.03}
+"""Share of positions whose experts nearly tie, so that rounding chooses others; else none does.
+
+Choices among groups, and gates scaled by 2.5, make them frequent there, and each one visible.
+"""
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
 def test_engine_takes_the_kernels_and_agrees_with_the_reference(
     tmp_path, monkeypatch, picks, family
 ):
     prompts = np.random.default_rng(0).integers(5, 500, (2, 100)).tolist()
-    greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
+    greedy = SamplingParams(
+        temperature=0, max_tokens=24, ignore_eos=True, logprobs=0, prompt_logprobs=0
+    )
     outputs = build(tmp_path, family).generate(prompts, greedy, use_tqdm=False)
     assert all(f"runs as {kernel}" in picks.text for kernel in KERNELS[family]), picks.text
 
@@ -171,11 +180,15 @@ def test_engine_takes_the_kernels_and_agrees_with_the_reference(
     monkeypatch.setattr(grouped, "_is_hopper", lambda device: False)
     jax.clear_caches()
     reference = build(tmp_path, family)
+    differences = []
     for prompt, output in zip(prompts, outputs, strict=True):
-        ids = output.outputs[0].token_ids
+        generated = output.outputs[0]
+        ids = prompt + list(generated.token_ids)
         score = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-        (scored,) = reference.generate([prompt + list(ids)], score, use_tqdm=False)
-        assert scored.prompt_logprobs is not None
-        want = logprobs_of(scored.prompt_logprobs[len(prompt) :], ids)
-        mine = logprobs_of(output.outputs[0].logprobs, ids)
-        np.testing.assert_allclose(mine, want, atol=0.05)
+        (scored,) = reference.generate([ids], score, use_tqdm=False)
+        assert scored.prompt_logprobs is not None and output.prompt_logprobs is not None
+        want = logprobs_of(scored.prompt_logprobs[1:], ids[1:])
+        mine = logprobs_of([*output.prompt_logprobs[1:], *generated.logprobs], ids[1:])
+        differences += np.abs(mine - want).tolist()
+    assert np.median(differences) < 0.01
+    assert np.mean(np.array(differences) > 0.05) <= MAY_FLIP.get(family, 0), differences
