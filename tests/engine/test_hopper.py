@@ -186,7 +186,7 @@ def test_engine_takes_the_kernels_and_agrees_with_the_reference(
         ids = prompt + list(generated.token_ids)
         score = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
         (scored,) = reference.generate([ids], score, use_tqdm=False)
-        assert scored.prompt_logprobs is not None and output.prompt_logprobs is not None
+        assert scored.prompt_logprobs and output.prompt_logprobs and generated.logprobs
         want = logprobs_of(scored.prompt_logprobs[1:], ids[1:])
         mine = logprobs_of([*output.prompt_logprobs[1:], *generated.logprobs], ids[1:])
         differences += np.abs(mine - want).tolist()
