@@ -122,7 +122,7 @@ def _launch(shape: MlaShape, operands: dict[str, Array], interpret: Any) -> tupl
     results = {
         "out": jax.ShapeDtypeStruct((slots, HEADS, shape.dv), dtype),
         "lse": jax.ShapeDtypeStruct((slots, HEADS), wide),
-        "sums": jax.ShapeDtypeStruct((2 * blocks, HEADS, shape.dv), wide),
+        "sums": jax.ShapeDtypeStruct((2 * blocks, HEADS * shape.dv), wide),
         "saved_lse": jax.ShapeDtypeStruct((2 * blocks, HEADS), wide),
     }
     tiles = functools.partial(tiled, dtype=dtype, swizzle=swizzled_features(ROPE))
@@ -172,6 +172,8 @@ def _mla_kernel(shape: MlaShape, names: tuple[str, ...], *all_refs: Any) -> None
             min_tiles=config.min_tiles,
             lengths=refs.lengths,
             limits=None,
+            row_cost=config.row_cost,
+            by_lanes=config.in_registers,
         )
     saved = None
     if config.synchronize:

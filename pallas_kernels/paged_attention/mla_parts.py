@@ -7,6 +7,7 @@ at the same time, which one block a multiprocessor does.
 """
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -15,15 +16,26 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from pallas_kernels.paged_attention.fragments import load_flat, store_flat, store_runs
 from pallas_kernels.paged_attention.mla_shape import HEADS, SIDES, MlaRefs, MlaShape
 from pallas_kernels.paged_attention.rows import along, full, in_rows, load, store
 from pallas_kernels.paged_attention.schedule import Schedule, Segment
 
 LN_2 = 0.6931471805599453
-MERGES = (64, 4), (8, 16)
-"""Features that a warpgroup merges at a time, and parts that it reads at once: for a row that few
-warpgroups merge, and for one that many do."""
-FEW_WARPGROUPS = 20
+
+
+class _Merge(NamedTuple):
+    """How a row is merged that up to so many warpgroups have parts of."""
+
+    warpgroups: int
+    features: int
+    """What a warpgroup merges at a time."""
+    parts: int
+    """Parts that it reads at once."""
+
+
+MERGES = (_Merge(4, 128, 2), _Merge(20, 64, 4), _Merge(2**31 - 1, 8, 16))
+"""For a row of two parts, of several, and of many."""
 
 
 class SharedRow(NamedTuple):
@@ -40,6 +52,31 @@ class Attended(NamedTuple):
     out: Array
     lse: Array
     """The log-sum-exp of the scores, to the base 2."""
+
+
+class _Merged(NamedTuple):
+    """Some parts of a row, each weighted by what its scores add up to."""
+
+    out: Array
+    total: Array
+    """The sum of the weights."""
+    highest: Array
+    """The highest log-sum-exp of a part, whose weight is 1."""
+
+    def add(self, parts: list[Attended]) -> "_Merged":
+        features = self.out.shape[1]
+        highest = in_rows(functools.reduce(jnp.maximum, [part.lse for part in parts], self.highest))
+        weights = [in_rows(jnp.exp2(part.lse - highest)) for part in parts]
+        keep = in_rows(jnp.exp2(self.highest - highest))
+        out, total = self.out * along(keep, features), self.total * keep
+        for part, weight in zip(parts, weights, strict=True):
+            out += part.out * along(weight, features)
+            total += weight
+        return _Merged(in_rows(out), in_rows(total), highest)
+
+    def divided(self) -> Attended:
+        out = self.out * along(1.0 / self.total, self.out.shape[1])
+        return Attended(in_rows(out), in_rows(self.highest + jnp.log2(self.total)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +103,7 @@ class Parts:
     def save(self, segment: Segment, columns: Any, attended: Attended) -> None:
         """Saves a warpgroup's features of a part, with the first the log-sum-exp, and says so."""
         place = self._place(self.share, segment.starts)
-        store(self.refs.sums.at[place, :, columns], attended.out)
+        store_flat(self._sums(place, columns), attended.out, inlined=self._inlined)
         if columns.start == 0:
             store(self.refs.saved_lse.at[place], attended.lse)
         if self.saved is not None:
@@ -76,7 +113,8 @@ class Parts:
     def write(self, row: Array, columns: Any, attended: Attended) -> None:
         """Writes attention over a whole row, and its log-sum-exp with the first features."""
         index = row * self.shape.head_blocks + self.head_block
-        store(self.refs.out.at[index, :, columns], attended.out.astype(self.refs.out.dtype))
+        out = attended.out.astype(self.refs.out.dtype)
+        store_runs(self.refs.out.at[index, :, columns], out, inlined=self._inlined)
 
         @pl.when(columns.start == 0)
         def _():
@@ -119,8 +157,10 @@ class Parts:
             shared = shared._replace(
                 last=jnp.where(self.share == shared.last, shared.last, jnp.int32(-1))
             )
-        few = workers <= FEW_WARPGROUPS
-        for (features, at_once), chosen in zip(MERGES, (few, jnp.logical_not(few)), strict=True):
+        fewer = 0
+        for most, features, at_once in MERGES:
+            chosen = (workers > fewer) & (workers <= most)
+            fewer = most
             units = jnp.int32(self.shape.dv // features)
 
             def merge_unit(index: Array, _: None, features=features, at_once=at_once) -> None:
@@ -134,33 +174,34 @@ class Parts:
 
     def _merge(self, shared: SharedRow, columns: Any, at_once: int) -> Attended:
         """Merges some features of all parts of a row."""
+        features = columns.size
 
-        def add_several(index: Array, merged: Attended) -> Attended:
+        def add_several(index: Array, merged: _Merged) -> _Merged:
             shares = [shared.first + index * at_once + i for i in range(at_once)]
-            parts = [
-                self._saved(jnp.minimum(share, shared.last), share == shared.first, columns)
+            absent = [jnp.where(share <= shared.last, 0.0, -jnp.inf) for share in shares]
+            places = [
+                self._place(jnp.minimum(share, shared.last), share == shared.first)
                 for share in shares
             ]
-            for share, part in zip(shares, parts, strict=True):
-                absent = jnp.where(share <= shared.last, 0.0, -jnp.inf)
-                merged = _combine(merged, part._replace(lse=part.lse + absent))
-            return merged
+            # All loads are on their way before the first part is needed.
+            lses = [load(self.refs.saved_lse.at[place]) for place in places]
+            outs = [
+                load_flat(self._sums(place, columns), features, inlined=self._inlined)
+                for place in places
+            ]
+            parts = zip(outs, lses, absent, strict=True)
+            return merged.add([Attended(out, in_rows(lse + hide)) for out, lse, hide in parts])
 
-        start = Attended(full((HEADS, columns.size), 0.0), full((HEADS,), -jnp.inf))
+        nothing = _Merged(
+            full((HEADS, features), 0.0), full((HEADS,), 0.0), full((HEADS,), -jnp.inf)
+        )
         rounds = pl.cdiv(shared.last - shared.first + 1, jnp.int32(at_once))
-        return lax.fori_loop(0, rounds, add_several, start)
+        return lax.fori_loop(0, rounds, add_several, nothing).divided()
 
-    def _saved(self, share: Array, begins: Array, columns: Any) -> Attended:
-        place, refs = self._place(share, begins), self.refs
-        return Attended(load(refs.sums.at[place, :, columns]), load(refs.saved_lse.at[place]))
+    def _sums(self, place: Array, columns: Any) -> Any:
+        """Where some features of a part are saved."""
+        return self.refs.sums.at[place, pl.ds(columns.start * HEADS, columns.size * HEADS)]
 
-
-def _combine(one: Attended, other: Attended) -> Attended:
-    highest = jnp.maximum(one.lse, other.lse)
-    grow_one, grow_other = jnp.exp2(one.lse - highest), jnp.exp2(other.lse - highest)
-    total = grow_one + grow_other
-    features = one.out.shape[1]
-    out = one.out * along(grow_one / total, features) + other.out * along(
-        grow_other / total, features
-    )
-    return Attended(in_rows(out), in_rows(highest + jnp.log2(total)))
+    @property
+    def _inlined(self) -> bool:
+        return self.shape.config.in_registers

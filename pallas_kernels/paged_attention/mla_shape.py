@@ -22,8 +22,11 @@ class MlaConfig:
     """Thread blocks: one for each multiprocessor, all of which must run at the same time."""
     min_tiles: int = 2
     """Tiles of a share at least: fewer shares leave less to merge."""
+    row_cost: int = 2
+    """Tiles that take as long as the change from one row to another."""
     in_registers: bool = True
-    """Whether sums stay in registers between products: the interpreter knows no such products."""
+    """Whether sums stay in registers between products, registers are stored as they lie, and lanes
+    plan the shares: the interpreter knows none of these."""
     synchronize: bool = True
     """Whether blocks wait for each other: the interpreter cannot, but runs them in turn."""
 

@@ -23,7 +23,7 @@ class Segment(NamedTuple):
 
     row: Array
     base: Array
-    """Tiles of all rows before it."""
+    """Where the row begins among all rows, in tiles: its own are counted from there."""
     first: Array
     """The segment's first tile, counted from the row's first visible tile."""
     count: Array
@@ -67,12 +67,14 @@ class Schedule:
     """Reference to how far back every query sees, or None."""
     lows: Any
     """Reference to the first position that the query of each row sees, or None: see `limits`."""
+    row_cost: int
+    """Tiles that take as long as the change from one row to another in a share."""
     size: Array
-    """Tiles of a share."""
+    """Tiles of a share, the cost of changes included."""
     begin: Array
     end: Array
     last: tuple[Array, Array] | None = None
-    """The row of the share's last tile and the tiles of all rows before it, where known."""
+    """The row of the share's last tile and where that row begins, where known."""
 
     def low(self, row: Array, length: Array) -> Array:
         """Returns the first position that the query of a row of `length` positions sees."""
@@ -86,6 +88,10 @@ class Schedule:
         """Returns the tiles that the query of a row of `length` positions sees."""
         tile = jnp.int32(self.tile)
         return pl.cdiv(length, tile) - lax.div(self.low(row, length), tile)
+
+    def cost(self, tiles: Array) -> Array:
+        """Returns what a row of so many tiles adds to a share that holds all of it."""
+        return jnp.where(tiles > 0, tiles + self.row_cost, 0) if self.row_cost else tiles
 
     def for_each_segment(self, body: Callable[[Any, Segment], Any], carry: Any) -> Any:
         """Runs `carry = body(carry, segment)` over the share's segments, the last row first.
@@ -101,7 +107,7 @@ class Schedule:
             position, row, base, _, next_length = state
             # The length after the next is on its way while the next row is computed.
             row -= 1
-            base -= self.tiles(row, next_length)
+            base -= self.cost(self.tiles(row, next_length))
             return position, row, base, next_length, self._length(row - 1)
 
         def step(state: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -110,16 +116,18 @@ class Schedule:
             position, row, base, length, next_length = place
             segment = self._segment(position, row, base, length)
             before = jnp.maximum(row - 1, 0)
-            next_base = base - self.tiles(before, next_length)
-            after = self._segment(base, before, next_base, next_length)
+            next_base = base - self.cost(self.tiles(before, next_length))
+            after = self._segment(base - self.row_cost, before, next_base, next_length)
             carry = body(carry, segment._replace(after=after))
-            return base + segment.first, *place[1:], carry
+            return base + segment.first - self.row_cost, *place[1:], carry
 
         def unfinished(state: tuple[Any, ...]) -> Array:
             return state[0] > self.begin
 
         row, base = self._last_row()
-        place = (self.end, row, base, self._length(row), self._length(row - 1))
+        length = self._length(row)
+        position = jnp.minimum(self.end, base + self.tiles(row, length))
+        place = (position, row, base, length, self._length(row - 1))
         return lax.while_loop(unfinished, step, (*place, carry))[-1]
 
     def _segment(self, position: Array, row: Array, base: Array, length: Array) -> Segment:
@@ -132,7 +140,7 @@ class Schedule:
         return self.lengths[jnp.clip(row, 0, self.rows - 1)]
 
     def _last_row(self) -> tuple[Array, Array]:
-        """Returns the row that holds the share's last tile, and the tiles of all rows before it."""
+        """Returns the row that holds the share's last tile, and where that row begins."""
         if self.last is not None:
             return self.last
 
@@ -154,22 +162,23 @@ class Schedule:
         return row, base
 
     def total(self) -> Array:
-        """Returns the tiles of all rows."""
+        """Returns the tiles of all rows, the cost of changes between them included."""
 
         def add(index: Array, total: Array) -> Array:
             return sum(self._chunk(index), total)
 
-        return lax.fori_loop(0, self._chunks(), add, jnp.int32(0))
+        total = lax.fori_loop(0, self._chunks(), add, jnp.int32(0))
+        return jnp.maximum(total - self.row_cost, 0)
 
     def _chunks(self) -> int:
         return -(-self.rows // self.at_once)
 
     def _chunk(self, index: Array) -> list[Array]:
-        """Returns the tiles of the next rows, 0 past the last."""
+        """Returns the costs of the next rows, 0 past the last."""
         rows = [index * self.at_once + i for i in range(self.at_once)]
         lengths = [self._length(row) for row in rows]
         return [
-            jnp.where(row < self.rows, self.tiles(row, length), 0)
+            jnp.where(row < self.rows, self.cost(self.tiles(row, length)), 0)
             for row, length in zip(rows, lengths, strict=True)
         ]
 
@@ -185,6 +194,7 @@ def plan_share(
     lengths: Any,
     limits: Any,
     lows: Any = None,
+    row_cost: int = 0,
     by_lanes: bool = False,
 ) -> Schedule:
     """Returns the schedule of one of `shares` shares of at least `min_tiles` tiles.
@@ -199,6 +209,7 @@ def plan_share(
         lengths=lengths,
         limits=limits,
         lows=lows,
+        row_cost=row_cost,
         size=zero,
         begin=zero,
         end=zero,
@@ -212,6 +223,7 @@ def plan_share(
             tile=tile,
             shares=shares,
             min_tiles=min_tiles,
+            row_cost=row_cost,
         )
         return dataclasses.replace(schedule, size=size, begin=begin, end=end, last=tuple(last))
     total = schedule.total()

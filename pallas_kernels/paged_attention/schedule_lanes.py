@@ -28,8 +28,9 @@ def place_share(
     tile: int,
     shares: int,
     min_tiles: int,
+    row_cost: int,
 ) -> tuple[Array, ...]:
-    """Returns a share's size, begin and end in tiles, its last row and the tiles before that row.
+    """Returns a share's size, begin and end in tiles, its last row and where that row begins.
 
     The window and the chunk reach further back than any position where there is none.
     """
@@ -40,8 +41,12 @@ def place_share(
     def place(ctx: Any, share: Any, lengths: Any, window: Any, chunk: Any) -> Any:
         del ctx
         limits = [limit.registers.item() for limit in (window, chunk)]
-        counts = [_tiles_of(lengths, first, rows, tile, *limits) for first in range(0, rows, LANES)]
+        counts = [
+            _add_cost(_tiles_of(lengths, first, rows, tile, *limits), row_cost)
+            for first in range(0, rows, LANES)
+        ]
         total = _reduce("add", functools.reduce(arith.addi, counts))
+        total = arith.maxsi(arith.subi(total, _number(row_cost)), _number(0))
         size = arith.divui(arith.addi(total, _number(shares - 1)), _number(shares))
         size = arith.maxsi(size, _number(min_tiles))
         begin = arith.muli(share.registers.item(), size)
@@ -75,6 +80,12 @@ def _tiles_of(lengths: Any, first: int, rows: int, tile: int, window: Any, chunk
     count = arith.subi(last, arith.divui(low, _number(tile)))
     exists = arith.cmpi(arith.CmpIPredicate.slt, row, _number(rows))
     return arith.select(exists, count, _number(0))
+
+
+def _add_cost(count: Any, row_cost: int) -> Any:
+    """Returns what a row of so many tiles adds to a share that holds all of it."""
+    has_tiles = arith.cmpi(arith.CmpIPredicate.sgt, count, _number(0))
+    return arith.select(has_tiles, arith.addi(count, _number(row_cost)), _number(0))
 
 
 def _i32() -> Any:

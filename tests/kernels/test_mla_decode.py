@@ -143,6 +143,15 @@ def test_latent_kernel_agrees_with_float32_on_the_gpu(heads, page):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [16, 128])
+def test_rows_of_two_several_and_many_parts_agree_with_float32_on_the_gpu(heads):
+    lengths = [3200, *[1280 - 7 * i for i in range(20)], *[400 - i for i in range(20)]]
+    case = mla_case(lengths, heads=heads, value_dim=512, page=64)
+    run = functools.partial(mla_decode, scale=0.125, value_dim=512, config=mla_config(num_sms=132))
+    assert_equal_attention(jax.jit(run)(*case), expected(case, value_dim=512))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [16, 128])
 def test_latent_prefill_agrees_with_float32_on_the_gpu(heads):
     case = prefill_case([700, 300, 0, 65, 129], [400, 300, 0, 1, 64], heads=heads, value_dim=512)
     run = functools.partial(pallas_kernels.paged_attention, implementation="mla_prefill_sm90")
