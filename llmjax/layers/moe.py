@@ -255,9 +255,7 @@ class _ComputeExperts(NamedTuple):
         """Sums over this rank's part of the experts' features; the caller adds the parts."""
         gate_up, bias = _flatten_parts(weights)
         multiply = partial(grouped_gemm, row_alignment=self.row_alignment)
-        hidden = multiply(
-            rows, gate_up, group_sizes, layer, bias=bias, activation=self.activation
-        )
+        hidden = multiply(rows, gate_up, group_sizes, layer, bias=bias, activation=self.activation)
         out = multiply(hidden, weights.down, group_sizes, layer)
         return self._add_down_bias(out, expert_of_row, weights, layer)
 

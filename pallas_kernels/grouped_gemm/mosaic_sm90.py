@@ -47,7 +47,10 @@ def grouped_gemm(
     lhs = jnp.pad(lhs, ((0, padding), (0, 0))) if padding else lhs
     kernel = plgpu.kernel(
         functools.partial(
-            _kernel, groups=groups, activation=activation, row_alignment=row_alignment,
+            _kernel,
+            groups=groups,
+            activation=activation,
+            row_alignment=row_alignment,
             config=config,
         ),  # fmt: skip
         out_type=jax.ShapeDtypeStruct((rows + padding, n // parts), lhs.dtype),

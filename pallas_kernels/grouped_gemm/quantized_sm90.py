@@ -59,7 +59,10 @@ def grouped_gemm(
         scales = jnp.pad(scales, ((0, 0), (0, padding)))
     kernel = plgpu.kernel(
         functools.partial(
-            _kernel, groups=groups, activation=activation, row_alignment=row_alignment,
+            _kernel,
+            groups=groups,
+            activation=activation,
+            row_alignment=row_alignment,
             config=config,
         ),  # fmt: skip
         out_type=jax.ShapeDtypeStruct((rows + padding, n // parts), jnp.bfloat16),

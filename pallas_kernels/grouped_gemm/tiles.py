@@ -83,12 +83,11 @@ def for_each_tile(
     first, last = first_ref[0], sizes_ref.shape[0] - 1
 
     def cut(group, rows_before, size):
-        """First row of a group, one past its last, blocks that it touches, and tiles that hold those."""
+        """A group's first row and one past its last, its blocks, and the tiles that these take."""
         start = group_begin(rows_before, first + group, row_alignment)
-        first_block = lax.div(start, BLOCK)
-        blocks = lax.div(start + size + BLOCK - 1, BLOCK) - first_block
-        blocks = jnp.where(size > 0, blocks, 0)
         end = start + size
+        blocks = lax.div(end + BLOCK - 1, BLOCK) - lax.div(start, BLOCK)
+        blocks = jnp.where(size > 0, blocks, 0)
         if has_whole_blocks(row_alignment):
             end = start + blocks * BLOCK
         return start, end, blocks, lax.div(blocks + blocks_per_tile - 1, blocks_per_tile)

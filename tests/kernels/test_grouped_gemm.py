@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_checks import assert_lowers_for_cuda
+from kernel_checks import assert_lowers_for_cuda, group_rows
 
 import pallas_kernels
 from pallas_kernels import reference
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import configs, mosaic_sm90
 from pallas_kernels.grouped_gemm.tiles import TileConfig
-from pallas_kernels.groups import group_begin, room_for
+from pallas_kernels.groups import room_for
 
 TINY_TILES = {
     "narrow": TileConfig(row_tiles=(8, 16, 24), stages=2, store_rows=16),
@@ -47,13 +47,6 @@ def operands(
         lhs[~np.isin(np.arange(room), np.concatenate(group_rows(sizes, alignment)))] = np.nan
     rhs = jnp.asarray(rng.normal(size=(2, groups, k, n)), jnp.bfloat16)
     return jnp.asarray(lhs, jnp.bfloat16), rhs, jnp.asarray(sizes, jnp.int32)
-
-
-def group_rows(sizes, alignment: int) -> list[np.ndarray]:
-    """Where the rows of each group stand."""
-    before = np.cumsum(sizes) - sizes
-    begins = np.asarray(group_begin(jnp.asarray(before), jnp.arange(len(sizes)), alignment))
-    return [begin + np.arange(size) for begin, size in zip(begins, sizes, strict=True)]
 
 
 def exact(lhs, rhs, sizes, layer, first_group, bias=None, activation=None, alignment=1):

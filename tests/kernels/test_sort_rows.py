@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_checks import assert_lowers_for_cuda
+from kernel_checks import assert_lowers_for_cuda, group_rows
 
 from pallas_kernels.grouped_gemm import sort, sort_many_sm90, sort_rows, sort_sm90
 from pallas_kernels.groups import ROOM_STEP, group_begin, room_for, rows_held
-
 
 aligned = pytest.mark.parametrize("alignment", [1, 8])
 
@@ -19,11 +18,7 @@ def assert_as_numpy(out, group, groups: int, alignment: int = 1):
     """Rows of a group stand side by side, in their order, from where the group begins."""
     key = np.where((group >= 0) & (group < groups), group, groups)
     sizes = np.bincount(key, minlength=groups + 1)
-    before = jnp.asarray(np.cumsum(sizes) - sizes)
-    begins = np.asarray(group_begin(before, jnp.arange(groups + 1), alignment))
-    order = np.argsort(key, stable=True)
-    rank = np.arange(len(group)) - (np.cumsum(sizes) - sizes)[key[order]]
-    place = begins[key[order]] + rank
+    order, place = np.argsort(key, stable=True), np.concatenate(group_rows(sizes, alignment))
     np.testing.assert_array_equal(np.asarray(out.place)[order], place)
     np.testing.assert_array_equal(np.asarray(out.row)[place], order)
     np.testing.assert_array_equal(out.sizes, sizes[:groups])
