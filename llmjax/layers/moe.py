@@ -13,7 +13,7 @@ from llmjax.config import ExpertConfig, ModelConfig
 from llmjax.layers.mlp import GatedMLP
 from llmjax.layers.params import Declare
 from llmjax.parallel.collectives import axis_index, island
-from llmjax.parallel.dispatch_cost import ExpertLoad, choose_dispatch
+from llmjax.parallel.dispatch_cost import ExpertLoad, choose_dispatch, rows_a_slot
 from llmjax.parallel.expert_dispatch import Dispatch, dispatch_experts
 from meshes import Rules
 from pallas_kernels import (
@@ -123,7 +123,11 @@ class MoE(nnx.Module):
             itemsize=x.dtype.itemsize,
             max_num_tokens=options.max_num_tokens,
         )
-        compute = _ComputeExperts(self.config.activation, self.rules, preferred_row_alignment())
+        compute = _ComputeExperts(
+            self.config.activation,
+            self.rules,
+            preferred_row_alignment(rows_a_slot(load, rules=self.rules)),
+        )
         with jax.named_scope("experts"):
             out = dispatch_experts(
                 x,
@@ -243,6 +247,7 @@ class _ComputeExperts(NamedTuple):
     activation: str
     rules: Rules
     row_alignment: int
+    """What the rows of each expert begin at a multiple of."""
 
     def __call__(
         self,

@@ -44,6 +44,9 @@ __all__ = [
 IMPLEMENTATIONS = ("mosaic_sm90", "reference")
 MIN_COPIED_ROWS = 1024
 """Rows from which on the copy engine beats XLA's gather."""
+MIN_ALIGNED_ROWS = 32
+"""Rows of a group from which on it should begin at a multiple of `BLOCK`: fewer are read and
+written sooner side by side than each in blocks of their own."""
 
 
 def grouped_gemm(
@@ -158,9 +161,10 @@ def route_tokens(
     return route_tokens_by_xla(logits, correction, is_real, router) if routed is None else routed
 
 
-def preferred_row_alignment() -> int:
+def preferred_row_alignment(rows_a_group: float) -> int:
     """The `row_alignment` of `sort_rows` and `grouped_gemm` that is fastest here."""
-    return BLOCK if _is_hopper(backend.get_default_device()) else 1
+    is_better = rows_a_group >= MIN_ALIGNED_ROWS and _is_hopper(backend.get_default_device())
+    return BLOCK if is_better else 1
 
 
 def sort_rows(

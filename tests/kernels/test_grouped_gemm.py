@@ -1,4 +1,5 @@
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend import backend
 from kernel_checks import assert_lowers_for_cuda, group_rows
 
 import pallas_kernels
@@ -225,6 +227,14 @@ def test_without_a_gpu_the_reference_runs_and_the_kernel_refuses():
     assert_close(out, exact(lhs, rhs, sizes, 0, 0))
     with pytest.raises(NotImplementedError, match="needs a Hopper GPU"):
         pallas_kernels.grouped_gemm(lhs, rhs, group_sizes, 0, implementation="mosaic_sm90")
+
+
+def test_large_groups_begin_at_whole_blocks_where_the_kernel_runs(monkeypatch):
+    assert pallas_kernels.preferred_row_alignment(1000.0) == 1
+    hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(backend, "get_default_device", lambda: hopper)
+    assert pallas_kernels.preferred_row_alignment(1000.0) == 8
+    assert pallas_kernels.preferred_row_alignment(1.0) == 1
 
 
 def test_an_unknown_implementation_is_refused_with_the_known_ones():
