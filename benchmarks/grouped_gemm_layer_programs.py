@@ -10,6 +10,7 @@ from jax import lax
 from pallas_kernels import QuantizedMatrices, QuantizedRows
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import (
+    MIN_ALIGNED_ROWS,
     MIN_COPIED_ROWS,
     Router,
     few_rows_sm90,
@@ -48,11 +49,11 @@ class Variant:
     ordered: bool = True
     """Whether kernels of ours route and sort, not XLA."""
     aligned: bool = True
-    """Whether the rows of each expert begin at a multiple of what a tile begins at."""
+    """Whether many rows of each expert begin at a multiple of what tiles begin at."""
 
-    @property
-    def row_alignment(self) -> int:
-        return BLOCK if self.aligned else 1
+    def row_alignment(self, rows: int, groups: int) -> int:
+        """What the rows of each group begin at a multiple of."""
+        return BLOCK if self.aligned and rows >= MIN_ALIGNED_ROWS * groups else 1
 
 
 VARIANTS = (
@@ -107,10 +108,9 @@ def expert_layer(x, experts, gates, gate_up, down, *, variant: Variant, num_sms:
         )
         return jnp.sum(pairs.astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
     sort = sort_sm90.sort_rows if variant.ordered else sort_rows_by_xla
-    order = sort(experts.reshape(-1), groups, row_alignment=variant.row_alignment)
-    multiply = partial(
-        _multiply, sizes=order.sizes, num_sms=num_sms, row_alignment=variant.row_alignment
-    )
+    row_alignment = variant.row_alignment(experts.size, groups)
+    order = sort(experts.reshape(-1), groups, row_alignment=row_alignment)
+    multiply = partial(_multiply, sizes=order.sizes, num_sms=num_sms, row_alignment=row_alignment)
     rows = _gather(x, order.row // experts.shape[1], variant, num_sms)
     if variant.fused:
         hidden = multiply(rows, gate_up, activation="silu")

@@ -44,9 +44,9 @@ __all__ = [
 IMPLEMENTATIONS = ("mosaic_sm90", "reference")
 MIN_COPIED_ROWS = 1024
 """Rows from which on the copy engine beats XLA's gather."""
-MIN_ALIGNED_ROWS = 32
-"""Rows of a group from which on it should begin at a multiple of `BLOCK`: fewer are read and
-written sooner side by side than each in blocks of their own."""
+MIN_ALIGNED_ROWS = 64
+"""Rows of a group, on average, from which on groups should begin at multiples of `BLOCK`: fewer
+are read and written sooner side by side than in blocks of their own."""
 
 
 def grouped_gemm(

@@ -95,9 +95,11 @@ def _kernel(
     def both_counts(keys, mine):
         """Adds up to the rows of lower groups, times LOWER, and those before in the same group."""
         lower = (keys < (mine & -key_step)).astype(jnp.int32)
-        return lower * (LOWER - 1) + (keys < mine).astype(jnp.int32)
+        return lower * (LOWER - 1) + _comes_before(keys, mine)
 
     def place_of(group, row):
+        if row_alignment == 1:
+            return count(_comes_before, key, key(group, row))
         counts = count(both_counts, key, key(group, row))
         begin = group_begin(lax.shift_right_logical(counts, SHIFT), group, row_alignment)
         return begin + (counts & LOWER - 1)
@@ -147,6 +149,10 @@ def _load_groups(group_ref, groups: int, where, layout):
 def _group_alone(group, row):
     del row
     return group
+
+
+def _comes_before(keys, mine):
+    return (keys < mine).astype(jnp.int32)
 
 
 def _equals(group, mine):
