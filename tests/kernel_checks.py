@@ -63,7 +63,7 @@ def float32_attention(
     arrays = q, k_pages, v_pages, layer, table, start, lengths
 
     def run(q: Any, k_pages: Any, v_pages: Any, *others: Any, **options: Any) -> Any:
-        wide = (None if x is None else x.astype(jnp.float32) for x in (q, k_pages, v_pages))
+        wide: Any = [None if x is None else x.astype(jnp.float32) for x in (q, k_pages, v_pages)]
         return reference.paged_attention(*wide, *others, scale=0.125, **fixed, **options)
 
     fixed = {name: options.pop(name) for name in STATIC & options.keys()}

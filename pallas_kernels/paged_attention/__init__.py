@@ -2,9 +2,10 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.extend import backend
 from jaxtyping import Array, Float, Int
@@ -198,9 +199,8 @@ def _decode(device: Any, operands: tuple[Any, ...], options: dict[str, Any]) -> 
         num_sms=device.core_count,
         stored=k_pages.dtype.itemsize,
     )
-    return decode_sm90.paged_decode(
-        q, k_pages, v_pages, layer, page_table, lengths, **options, config=config
-    )
+    decode = _traced_once(decode_sm90.paged_decode, "scale", "soft_cap", "config")
+    return decode(q, k_pages, v_pages, layer, page_table, lengths, **options, config=config)
 
 
 def _decode_latent(
@@ -214,7 +214,8 @@ def _decode_latent(
     unknown = ("window", "chunk", "lows", "soft_cap", "sinks", "k_scale", "v_scale")
     options = _without(unknown, options)
     config = mla_config(num_sms=device.core_count)
-    return mla_decode_sm90.mla_decode(
+    decode = _traced_once(mla_decode_sm90.mla_decode, "scale", "value_dim", "config")
+    return decode(
         q, pages, layer, page_table, lengths,
         **options, value_dim=value_dim, config=config,
     )  # fmt: skip
@@ -240,7 +241,17 @@ def _prefill(device: Any, operands: tuple[Any, ...], options: dict[str, Any]) ->
         num_sms=device.core_count,
         stored=v_pages.dtype.itemsize,
     )
-    return prefill_sm90.paged_prefill(*operands, **options, config=config)
+    prefill = _traced_once(prefill_sm90.paged_prefill, "scale", "soft_cap", "config")
+    return prefill(*operands, **options, config=config)
+
+
+@functools.cache
+def _traced_once(kernel: Callable, *static: str) -> Callable[..., Attended]:
+    """A kernel that is traced once for its shapes, and lowered once in a program.
+
+    Lowering takes seconds, and a model with layers of two kinds calls the kernel in each.
+    """
+    return jax.jit(kernel, static_argnames=static)
 
 
 def _without(unknown: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any]:

@@ -14,15 +14,10 @@ from jax.extend import backend
 from llmjax import LLM, SamplingParams
 from llmjax.engine import runner
 
-CONFIG = {
-    "architectures": ["Qwen3MoeForCausalLM"],
+COMMON = {
     "vocab_size": 512,
     "hidden_size": 512,
     "intermediate_size": 512,
-    "moe_intermediate_size": 256,
-    "num_experts": 32,
-    "num_experts_per_tok": 4,
-    "norm_topk_prob": True,
     "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
@@ -33,14 +28,77 @@ CONFIG = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
-KERNELS = (
-    "store_sm90", "decode_sm90", "prefill_sm90", "mosaic_sm90", "few_rows_sm90", "route_sm90",
-    "sort_sm90",
-)  # fmt: skip
+FAMILIES = {
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "moe_intermediate_size": 256,
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+    },
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "intermediate_size": 320,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_experts_per_tok": 4,
+        "num_local_experts": 32,
+        "sliding_window": 40,
+    },
+    "llama4": {
+        "architectures": ["Llama4ForCausalLM"],
+        "attention_chunk_size": 64,
+        "attn_temperature_tuning": True,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size_mlp": 1024,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+        "num_experts_per_tok": 1,
+        "num_local_experts": 16,
+        "use_qk_norm": True,
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_attention_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 40,
+    },
+    "deepseek_v3": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 512,
+        "moe_intermediate_size": 256,
+        "n_group": 4,
+        "n_routed_experts": 32,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "num_experts_per_tok": 4,
+        "num_key_value_heads": 8,
+        "q_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "routed_scaling_factor": 2.5,
+        "topk_group": 2,
+        "v_head_dim": 64,
+    },
+}
+PAGES = ("store_sm90", "decode_sm90", "prefill_sm90")
+LATENT = ("mla_decode_sm90", "mla_prefill_sm90")
+EXPERTS = ("mosaic_sm90", "route_sm90", "sort_sm90")
+KERNELS = {
+    "qwen3_moe": (*PAGES, *EXPERTS, "few_rows_sm90"),
+    "gpt_oss": PAGES + EXPERTS,
+    "llama4": PAGES + EXPERTS,
+    "gemma3": PAGES,
+    "deepseek_v3": (*LATENT, *EXPERTS, "few_rows_sm90"),
+}
 
 
-def build(folder):
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+def build(folder, family):
+    (folder / "config.json").write_text(json.dumps(COMMON | FAMILIES[family]))
     return LLM(
         folder,
         load_format="dummy",
@@ -68,10 +126,11 @@ def picks(caplog):
     return caplog
 
 
-def test_steps_with_the_kernels_lower_for_cuda(tmp_path, monkeypatch, picks):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_with_the_kernels_lower_for_cuda(tmp_path, monkeypatch, picks, family):
     # Nothing runs, so nothing is compiled for the CPU.
     monkeypatch.setattr(runner, "compile_steps", lambda lowered, compiler_options: lowered)
-    engine = build(tmp_path).engine.runner
+    engine = build(tmp_path, family).engine.runner
     hopper = SimpleNamespace(
         platform="gpu", compute_capability="9.0", core_count=132, device_kind="a Hopper"
     )
@@ -86,16 +145,31 @@ def test_steps_with_the_kernels_lower_for_cuda(tmp_path, monkeypatch, picks):
             traced = jax.jit(engine.maker.make(bucket)).trace(engine.weights, engine.state, packed)
             traced.lower(lowering_platforms=("cuda",))
     jax.clear_caches()
-    assert all(f"runs as {kernel}: on a Hopper" in picks.text for kernel in KERNELS), picks.text
-    assert "runs as reference" not in picks.text
+    for kernel in KERNELS[family]:
+        assert f"runs as {kernel}: on a Hopper" in picks.text
+    others = [line for line in picks.messages if "runs as reference" in line]
+    # A latent row is too narrow for the copy engine to store it beside another.
+    assert all("store_rows" in line and family == "deepseek_v3" for line in others), others
+
+
+MAY_FLIP = {"deepseek_v3": 0.03}
+"""Share of positions whose experts nearly tie, so that rounding chooses others; else none does.
+
+Choices among groups, and gates scaled by 2.5, make them frequent there, and each one visible.
+"""
 
 
 @pytest.mark.gpu
-def test_engine_takes_the_kernels_and_agrees_with_the_reference(tmp_path, monkeypatch, picks):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_takes_the_kernels_and_agrees_with_the_reference(
+    tmp_path, monkeypatch, picks, family
+):
     prompts = np.random.default_rng(0).integers(5, 500, (2, 100)).tolist()
-    greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
-    outputs = build(tmp_path).generate(prompts, greedy, use_tqdm=False)
-    assert all(f"runs as {kernel}" in picks.text for kernel in KERNELS), picks.text
+    greedy = SamplingParams(
+        temperature=0, max_tokens=24, ignore_eos=True, logprobs=0, prompt_logprobs=0
+    )
+    outputs = build(tmp_path, family).generate(prompts, greedy, use_tqdm=False)
+    assert all(f"runs as {kernel}" in picks.text for kernel in KERNELS[family]), picks.text
 
     def refuse():
         raise NotImplementedError("the reference is wanted")
@@ -105,12 +179,16 @@ def test_engine_takes_the_kernels_and_agrees_with_the_reference(tmp_path, monkey
     monkeypatch.setattr(paged, "_hopper_device", refuse)
     monkeypatch.setattr(grouped, "_is_hopper", lambda device: False)
     jax.clear_caches()
-    reference = build(tmp_path)
+    reference = build(tmp_path, family)
+    differences = []
     for prompt, output in zip(prompts, outputs, strict=True):
-        ids = output.outputs[0].token_ids
+        generated = output.outputs[0]
+        ids = prompt + list(generated.token_ids)
         score = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-        (scored,) = reference.generate([prompt + list(ids)], score, use_tqdm=False)
-        assert scored.prompt_logprobs is not None
-        want = logprobs_of(scored.prompt_logprobs[len(prompt) :], ids)
-        mine = logprobs_of(output.outputs[0].logprobs, ids)
-        np.testing.assert_allclose(mine, want, atol=0.05)
+        (scored,) = reference.generate([ids], score, use_tqdm=False)
+        assert scored.prompt_logprobs and output.prompt_logprobs and generated.logprobs
+        want = logprobs_of(scored.prompt_logprobs[1:], ids[1:])
+        mine = logprobs_of([*output.prompt_logprobs[1:], *generated.logprobs], ids[1:])
+        differences += np.abs(mine - want).tolist()
+    assert np.median(differences) < 0.01
+    assert np.mean(np.array(differences) > 0.05) <= MAY_FLIP.get(family, 0), differences
