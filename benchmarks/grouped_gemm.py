@@ -23,11 +23,15 @@ from jax import lax
 
 from benchmarks import timing
 from benchmarks.timing import compile_all
-from pallas_kernels.grouped_gemm import configs, mosaic_sm90
+from pallas_kernels.grouped_gemm import MIN_ALIGNED_ROWS, configs, mosaic_sm90
+from pallas_kernels.grouped_gemm.tiles import BLOCK
+from pallas_kernels.groups import group_begin, room_for
 
 __all__ = ["SHAPES", "compile_all", "lower", "measure", "rates"]
 
 DISTRIBUTIONS = ("uniform", "zipf")
+ALIGNED = "llmjax, aligned groups"
+"""Ours where each group begins at a multiple of what tiles begin at, as many rows are sorted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +69,10 @@ class Shape:
         arithmetic = self.flops() / limits["tflops"] / 1e6
         return max(arithmetic, self.bytes(group_sizes) / limits["copy_gbps"] / 1e3)
 
-    def arguments(self) -> list[Any]:
+    def arguments(self, row_alignment: int = 1) -> list[Any]:
+        room = room_for(self.rows, self.groups, row_alignment)
         return [
-            jax.ShapeDtypeStruct((self.rows, self.k), jnp.bfloat16),
+            jax.ShapeDtypeStruct((room, self.k), jnp.bfloat16),
             jax.ShapeDtypeStruct((1, self.groups, self.k, self.n), jnp.bfloat16),
             jax.ShapeDtypeStruct((self.groups,), jnp.int32),
         ]
@@ -78,6 +83,11 @@ class Shape:
         lhs = jax.random.normal(keys[0], (self.rows, self.k), jnp.bfloat16)
         rhs = jax.random.normal(keys[1], (1, self.groups, self.k, self.n), jnp.bfloat16)
         return lhs, rhs * jnp.bfloat16(self.k**-0.5)
+
+    @staticmethod
+    def pick_rows(lhs: Any, rows: np.ndarray) -> Any:
+        """These rows of the operand."""
+        return lhs[rows]
 
     @staticmethod
     def exact_row(lhs: Any, rhs: Any, row: jax.Array, group: jax.Array) -> jax.Array:
@@ -126,6 +136,8 @@ def programs(shape: Shape, *, tune: bool, num_sms: int) -> Iterator[tuple[str, C
                 mosaic_sm90.grouped_gemm, layer=0, config=config, num_sms=num_sms
             )
             yield "llmjax" if config == shipped else f"llmjax, {name} tiles", run
+            if config == shipped and mean >= MIN_ALIGNED_ROWS:
+                yield ALIGNED, functools.partial(run, row_alignment=BLOCK)
     yield from _jax_own(mean)
     if importlib.util.find_spec("tokamax"):
         yield from _tokamax(mean, num_sms)
@@ -166,15 +178,23 @@ def _tokamax(mean: float, num_sms: int) -> Iterator[tuple[str, Callable]]:
         yield f"tokamax Mosaic {m}x{n}x{k}x{stages}", run
 
 
-def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
+def lower(
+    folder: Path,
+    *,
+    tune: bool,
+    num_sms: int,
+    shapes: Sequence[Shape] = SHAPES,
+    programs: Callable = programs,
+) -> None:
     """Writes every JAX program of the benchmark into a folder."""
-    for index, shape in enumerate(SHAPES):
+    for index, shape in enumerate(shapes):
         for name, function in programs(shape, tune=tune, num_sms=num_sms):
             path = folder / f"{index:02d}~{name}.bin"
             if path.exists():
                 continue
             try:
-                path.write_bytes(timing.lower_program(function, shape.arguments()))
+                arguments = shape.arguments(_row_alignment(name))
+                path.write_bytes(timing.lower_program(function, arguments))
             except Exception as error:  # A contender that does not lower is left out, aloud.
                 print(f"{shape.name}: {name} does not lower: {str(error)[:200]}", flush=True)
 
@@ -204,13 +224,30 @@ def _measure_shape(shape: Shape, compiled: dict, limits: dict[str, float]) -> li
             with timing.noting_failure(row):
                 if isinstance(program, Exception):
                     raise program
-                arguments = (*jax.tree.leaves((lhs, rhs)), jnp.asarray(sizes))
-                row["error"] = _error(program, arguments, shape, picked, want)
+                places, rows_of_places = _places(sizes, _row_alignment(name))
+                placed = shape.pick_rows(lhs, rows_of_places) if name == ALIGNED else lhs
+                arguments = (*jax.tree.leaves((placed, rhs)), jnp.asarray(sizes))
+                row["error"] = _error(program, arguments, shape, places, picked, want)
                 us = timing.kernel_microseconds(program, *arguments)
                 row |= rates(shape, sizes, us, limits)
             print(*row.values(), flush=True)
             rows.append(row)
     return rows
+
+
+def _row_alignment(contender: str) -> int:
+    return BLOCK if contender == ALIGNED else 1
+
+
+def _places(sizes: np.ndarray, row_alignment: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where each row stands, and which row stands at each place, the first where none does."""
+    groups, rows = len(sizes), int(sizes.sum())
+    before = jnp.asarray(np.cumsum(sizes) - sizes)
+    moved = group_begin(before, jnp.arange(groups), row_alignment) - before
+    places = np.arange(rows) + np.repeat(np.asarray(moved), sizes)
+    rows_of_places = np.zeros(room_for(rows, groups, row_alignment), np.int32)
+    rows_of_places[places] = np.arange(rows)
+    return places, rows_of_places
 
 
 def sample_rows(sizes: np.ndarray, count: int = 32) -> tuple[np.ndarray, np.ndarray]:
@@ -228,9 +265,11 @@ def _exact_rows(one_row: Callable, lhs, rhs, rows, groups):
     return lax.map(lambda pair: one_row(lhs, rhs, *pair), (rows, groups))
 
 
-def _error(program, arguments, shape: Shape, picked: np.ndarray, want: jax.Array) -> float:
-    """Relative error of the sampled rows, NaN if anything is not finite."""
-    out = timing.run_over_nan(program, arguments, (shape.rows, shape.n))
+def _error(
+    program, arguments, shape: Shape, places: np.ndarray, picked: np.ndarray, want: jax.Array
+) -> float:
+    """Relative error of the sampled rows, NaN if any row is not finite."""
+    out = timing.run_over_nan(program, arguments, (arguments[0].shape[0], shape.n))[places]
     difference = out[picked].astype(jnp.float32) - want
     error = jnp.linalg.norm(difference) / jnp.linalg.norm(want)
     return float(error) if timing.all_finite(out) else math.nan

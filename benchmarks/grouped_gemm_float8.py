@@ -18,8 +18,10 @@ from benchmarks import grouped_gemm, timing
 from benchmarks.grouped_gemm import rates
 from benchmarks.timing import compile_all
 from pallas_kernels import QuantizedMatrices, QuantizedRows, quantize_matrices, quantize_rows
-from pallas_kernels.grouped_gemm import configs, quantized_sm90
+from pallas_kernels.grouped_gemm import MIN_ALIGNED_ROWS, configs, quantized_sm90
 from pallas_kernels.grouped_gemm.quantize import SCALE_BLOCK
+from pallas_kernels.grouped_gemm.tiles import BLOCK
+from pallas_kernels.groups import room_for
 
 __all__ = ["SHAPES", "compile_all", "lower", "measure", "rates"]
 
@@ -38,10 +40,11 @@ class QuantizedShape(grouped_gemm.Shape):
     def floor_us(self, group_sizes: np.ndarray, limits: dict[str, float]) -> float:
         return super().floor_us(group_sizes, {**limits, "tflops": limits["float8_tflops"]})
 
-    def arguments(self) -> list[Any]:
+    def arguments(self, row_alignment: int = 1) -> list[Any]:
+        room = dataclasses.replace(self, rows=room_for(self.rows, self.groups, row_alignment))
         key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
         sizes = jax.ShapeDtypeStruct((self.groups,), jnp.int32)
-        return [*jax.tree.leaves(jax.eval_shape(self.operands, key)), sizes]
+        return [*jax.tree.leaves(jax.eval_shape(room.operands, key)), sizes]
 
     def operands(self, key: jax.Array) -> tuple[QuantizedRows, QuantizedMatrices]:
         keys = jax.random.split(key, 2)
@@ -57,6 +60,10 @@ class QuantizedShape(grouped_gemm.Shape):
         return quantize_rows(lhs), jax.tree.map(
             lambda x: x.reshape(1, self.groups, *x.shape[3:]), each
         )
+
+    @staticmethod
+    def pick_rows(lhs: QuantizedRows, rows: np.ndarray) -> QuantizedRows:
+        return QuantizedRows(lhs.values[rows], lhs.scales[:, rows])
 
     @staticmethod
     def exact_row(
@@ -83,19 +90,23 @@ def programs(shape: QuantizedShape, *, tune: bool, num_sms: int) -> Iterator[tup
         if config == shipped or (tune and plausible):
             run = functools.partial(multiply, config=config, num_sms=num_sms)
             yield "llmjax" if config == shipped else f"llmjax, {name} tiles", run
+            if config == shipped and shape.rows >= MIN_ALIGNED_ROWS * shape.groups:
+                yield grouped_gemm.ALIGNED, functools.partial(run, row_alignment=BLOCK)
 
 
-def multiply(values, scales, matrices, matrix_scales, sizes, *, config, num_sms: int) -> jax.Array:
+def multiply(
+    values, scales, matrices, matrix_scales, sizes, *, config, num_sms: int, row_alignment: int = 1
+) -> jax.Array:
     """The kernel on arrays: a stored program knows no other arguments."""
     return quantized_sm90.grouped_gemm(
         QuantizedRows(values, scales), QuantizedMatrices(matrices, matrix_scales), sizes, 0,
-        config=config, num_sms=num_sms,
+        row_alignment=row_alignment, config=config, num_sms=num_sms,
     )  # fmt: skip
 
 
 def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
     """Writes every JAX program of the benchmark into a folder."""
-    timing.lower_all(folder, SHAPES, functools.partial(programs, tune=tune, num_sms=num_sms))
+    grouped_gemm.lower(folder, tune=tune, num_sms=num_sms, shapes=SHAPES, programs=programs)
 
 
 def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list[dict]:

@@ -10,6 +10,7 @@ from jax import lax
 from pallas_kernels import QuantizedMatrices, QuantizedRows
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import (
+    MIN_ALIGNED_ROWS,
     MIN_COPIED_ROWS,
     Router,
     few_rows_sm90,
@@ -24,6 +25,8 @@ from pallas_kernels.grouped_gemm.configs import config_for, go_unsorted, quantiz
 from pallas_kernels.grouped_gemm.quantize import quantize_rows_by_xla
 from pallas_kernels.grouped_gemm.route import route_tokens_by_xla
 from pallas_kernels.grouped_gemm.sort import sort_rows_by_xla
+from pallas_kernels.grouped_gemm.tiles import BLOCK
+from pallas_kernels.groups import rows_held
 
 CHAIN = 8
 """Layers in a program."""
@@ -45,6 +48,12 @@ class Variant:
     """Whether a router chooses the experts; else they are given."""
     ordered: bool = True
     """Whether kernels of ours route and sort, not XLA."""
+    aligned: bool = True
+    """Whether many rows of each expert begin at a multiple of what tiles begin at."""
+
+    def row_alignment(self, rows: int, groups: int) -> int:
+        """What the rows of each group begin at a multiple of."""
+        return BLOCK if self.aligned and rows >= MIN_ALIGNED_ROWS * groups else 1
 
 
 VARIANTS = (
@@ -52,7 +61,9 @@ VARIANTS = (
     Variant(name="llmjax, activation apart", fused=False),
     Variant(name="llmjax, gather by XLA", copied=False),
     Variant(name="llmjax, rows sorted", unsorted=False),
+    Variant(name="llmjax, experts side by side", aligned=False),
     Variant(name="llmjax, float8", float8=True),
+    Variant(name="llmjax, float8, experts side by side", float8=True, aligned=False),
     Variant(name="llmjax, sort by XLA", ordered=False),
     Variant(name="llmjax, with router", routed=True),
     Variant(name="llmjax, with router, router and sort by XLA", routed=True, ordered=False),
@@ -97,8 +108,9 @@ def expert_layer(x, experts, gates, gate_up, down, *, variant: Variant, num_sms:
         )
         return jnp.sum(pairs.astype(jnp.float32) * gates[..., None], axis=1).astype(x.dtype)
     sort = sort_sm90.sort_rows if variant.ordered else sort_rows_by_xla
-    order = sort(experts.reshape(-1), groups)
-    multiply = partial(_multiply, sizes=order.sizes, num_sms=num_sms)
+    row_alignment = variant.row_alignment(experts.size, groups)
+    order = sort(experts.reshape(-1), groups, row_alignment=row_alignment)
+    multiply = partial(_multiply, sizes=order.sizes, num_sms=num_sms, row_alignment=row_alignment)
     rows = _gather(x, order.row // experts.shape[1], variant, num_sms)
     if variant.fused:
         hidden = multiply(rows, gate_up, activation="silu")
@@ -147,15 +159,19 @@ def _quantize(x: jax.Array) -> QuantizedRows:
     return quantize_sm90.quantize_rows(x)
 
 
-def _multiply(lhs, rhs, sizes, num_sms: int, activation: str | None = None) -> jax.Array:
+def _multiply(
+    lhs, rhs, sizes, num_sms: int, row_alignment: int, activation: str | None = None
+) -> jax.Array:
     quantized = isinstance(rhs, QuantizedMatrices)
     n, k = rhs.values.shape[2:] if quantized else rhs.shape[:1:-1]
     choose = quantized_config_for if quantized else config_for
-    rows = (lhs.values if quantized else lhs).shape[0]
+    room = (lhs.values if quantized else lhs).shape[0]
     config = choose(
-        rows=rows, groups=sizes.size, k=k, n=n, num_sms=num_sms, gated=activation is not None
-    )
+        rows=rows_held(room, sizes.size, row_alignment), groups=sizes.size, k=k, n=n,
+        num_sms=num_sms, gated=activation is not None,
+    )  # fmt: skip
     kernel = quantized_sm90 if quantized else mosaic_sm90
     return kernel.grouped_gemm(
-        lhs, rhs, sizes, 0, activation=activation, config=config, num_sms=num_sms
-    )
+        lhs, rhs, sizes, 0,
+        activation=activation, row_alignment=row_alignment, config=config, num_sms=num_sms,
+    )  # fmt: skip

@@ -8,6 +8,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activation import ACTIVATIONS
+from pallas_kernels.groups import group_begin
 from pallas_kernels.softmax import KV_BLOCK, QUERY_BLOCK, Softmax, add_keys, empty_softmax, sees
 
 ROW_BLOCK = 64
@@ -130,11 +131,12 @@ def grouped_gemm(
     bias: Float[Array, "layers groups n"] | None = None,
     activation: str | None = None,
     first_group: Int[Array, ""] | int = 0,
+    row_alignment: int = 1,
 ) -> Float[Array, "rows out"]:
     """Multiplies each group's rows with that group's matrix; rows of absent groups give 0.
 
-    Group g owns the `group_sizes[g]` rows after those of the groups before it. `rhs` and `bias`
-    hold the groups from `first_group` on. Sums are float32. With an `activation`, the first half of
+    Group g owns the `group_sizes[g]` rows from `groups.group_begin` on. `rhs` and `bias` hold the
+    groups from `first_group` on. Sums are float32. With an `activation`, the first half of
     the n columns is the gate and the second half what it gates, and n / 2 columns come out.
 
     The work follows the rows: one product per block of `ROW_BLOCK` rows of one group.
@@ -145,7 +147,7 @@ def grouped_gemm(
         return jnp.dot(rows, rhs[layer, group], preferred_element_type=jnp.float32)
 
     return _for_each_group(
-        multiply, group_sizes, layer, bias, activation, first_group,
+        multiply, group_sizes, layer, bias, activation, first_group, row_alignment,
         groups=rhs.shape[1], matrix_bytes=rhs.shape[2] * rhs.shape[3] * rhs.dtype.itemsize,
         out=jnp.zeros((lhs.shape[0], rhs.shape[3]), lhs.dtype),
     )  # fmt: skip
@@ -162,6 +164,7 @@ def quantized_grouped_gemm(
     bias: Float[Array, "layers groups n"] | None = None,
     activation: str | None = None,
     first_group: Int[Array, ""] | int = 0,
+    row_alignment: int = 1,
 ) -> Float[Array, "rows out"]:
     """`grouped_gemm` of scaled operands, in bfloat16: scales multiply blocks of rows and matrices.
 
@@ -179,7 +182,7 @@ def quantized_grouped_gemm(
         return jnp.dot(rows, weights.T)
 
     return _for_each_group(
-        multiply, group_sizes, layer, bias, activation, first_group,
+        multiply, group_sizes, layer, bias, activation, first_group, row_alignment,
         groups=rhs.shape[1], matrix_bytes=4 * n * k,
         out=jnp.zeros((lhs.shape[0], n), jnp.bfloat16),
     )  # fmt: skip
@@ -187,7 +190,7 @@ def quantized_grouped_gemm(
 
 def _for_each_group(
     multiply: Callable[[Array, Array], Array], group_sizes: Array, layer: Array | int,
-    bias: Array | None, activation: str | None, first_group: Array | int, *,
+    bias: Array | None, activation: str | None, first_group: Array | int, row_alignment: int, *,
     groups: int, matrix_bytes: int, out: Array,
 ) -> Array:  # fmt: skip
     """Fills the rows of `out` with float32 products `multiply(rows, group)`, finished.
@@ -198,9 +201,10 @@ def _for_each_group(
     """
     rows = out.shape[0]
     block = min(rows, ROW_BLOCK)
-    ends = jnp.cumsum(group_sizes)
+    before = jnp.cumsum(group_sizes) - group_sizes
+    starts = group_begin(before, jnp.arange(before.size, dtype=before.dtype), row_alignment)
     sizes = lax.dynamic_slice_in_dim(group_sizes, first_group, groups)
-    ends = lax.dynamic_slice_in_dim(ends, first_group, groups)
+    starts = lax.dynamic_slice_in_dim(starts, first_group, groups)
     blocks = -(-sizes // block)
     block_ends = jnp.cumsum(blocks)
 
@@ -208,7 +212,7 @@ def _for_each_group(
         group = jnp.searchsorted(block_ends, index, side="right")
         offset = (index - (block_ends - blocks)[group]) * block + jnp.arange(block)
         real = (index < block_ends[-1]) & (offset < sizes[group])
-        row = jnp.where(real, (ends - sizes)[group] + offset, rows)
+        row = jnp.where(real, starts[group] + offset, rows)
         product = multiply(row, group)
         if bias is not None:
             product += bias[layer, group].astype(jnp.float32)

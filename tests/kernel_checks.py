@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import reference
+from pallas_kernels.groups import group_begin
 
 PAGE, LAYER = 16, 1
 NO_PAGE = 2**30
@@ -75,6 +76,13 @@ def assert_equal_attention(got: Any, want: Any, *, lse_atol: float = 1e-5) -> No
     out, lse = (np.asarray(array, np.float32) for array in got)
     np.testing.assert_allclose(out, want[0], atol=2**-6)
     np.testing.assert_allclose(lse, want[1], atol=lse_atol)
+
+
+def group_rows(sizes: Sequence[int] | np.ndarray, alignment: int) -> list[np.ndarray]:
+    """Where the rows of each group stand."""
+    before = jnp.asarray(np.cumsum(sizes) - sizes)
+    begins = np.asarray(group_begin(before, jnp.arange(len(sizes)), alignment))
+    return [begin + np.arange(size) for begin, size in zip(begins, sizes, strict=True)]
 
 
 def assert_lowers_for_cuda(run: Callable, *arguments: Any, **named: Any) -> None:

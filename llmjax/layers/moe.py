@@ -1,6 +1,7 @@
 """Mixture of experts: a router, the experts that a token is sent to, and one that all pass."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -12,10 +13,16 @@ from llmjax.config import ExpertConfig, ModelConfig
 from llmjax.layers.mlp import GatedMLP
 from llmjax.layers.params import Declare
 from llmjax.parallel.collectives import axis_index, island
-from llmjax.parallel.dispatch_cost import ExpertLoad, choose_dispatch
+from llmjax.parallel.dispatch_cost import ExpertLoad, choose_dispatch, rows_a_slot
 from llmjax.parallel.expert_dispatch import Dispatch, dispatch_experts
 from meshes import Rules
-from pallas_kernels import Router, expert_rows, grouped_gemm, route_tokens
+from pallas_kernels import (
+    Router,
+    expert_rows,
+    grouped_gemm,
+    preferred_row_alignment,
+    route_tokens,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +123,11 @@ class MoE(nnx.Module):
             itemsize=x.dtype.itemsize,
             max_num_tokens=options.max_num_tokens,
         )
-        compute = _ComputeExperts(self.config.activation, self.rules)
+        compute = _ComputeExperts(
+            self.config.activation,
+            self.rules,
+            preferred_row_alignment(rows_a_slot(load, rules=self.rules)),
+        )
         with jax.named_scope("experts"):
             out = dispatch_experts(
                 x,
@@ -131,6 +142,7 @@ class MoE(nnx.Module):
                 rules=self.rules,
                 scale_inputs=self.config.scale_inputs,
                 compute_unsorted=compute.unsorted,
+                row_alignment=compute.row_alignment,
             )
         return out if self.shared is None else out + self.shared(x)
 
@@ -234,6 +246,8 @@ class _ComputeExperts(NamedTuple):
 
     activation: str
     rules: Rules
+    row_alignment: int
+    """What the rows of each expert begin at a multiple of."""
 
     def __call__(
         self,
@@ -245,10 +259,9 @@ class _ComputeExperts(NamedTuple):
     ) -> Float[Array, "rows embed"]:
         """Sums over this rank's part of the experts' features; the caller adds the parts."""
         gate_up, bias = _flatten_parts(weights)
-        hidden = grouped_gemm(
-            rows, gate_up, group_sizes, layer, bias=bias, activation=self.activation
-        )
-        out = grouped_gemm(hidden, weights.down, group_sizes, layer)
+        multiply = partial(grouped_gemm, row_alignment=self.row_alignment)
+        hidden = multiply(rows, gate_up, group_sizes, layer, bias=bias, activation=self.activation)
+        out = multiply(hidden, weights.down, group_sizes, layer)
         return self._add_down_bias(out, expert_of_row, weights, layer)
 
     def unsorted(

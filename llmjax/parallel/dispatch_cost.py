@@ -69,6 +69,11 @@ def choose_dispatch(load: ExpertLoad, *, rules: Rules) -> Dispatch:
     return min(get_args(Dispatch), key=partial(_cost, load=load, rules=rules))
 
 
+def rows_a_slot(load: ExpertLoad, *, rules: Rules) -> float:
+    """Rows that an expert slot gets in a round under even routing, whatever the dispatch."""
+    return load.tokens_a_round * _Sizes.of(load, rules).split * load.top_k / load.num_slots
+
+
 def sent_bytes(method: Dispatch, load: ExpertLoad, *, rules: Rules) -> int:
     """Bytes that a device sends for one layer; for "ragged", on average under even routing."""
     return sum(_collectives(method, load, rules))

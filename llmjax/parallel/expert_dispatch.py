@@ -30,7 +30,7 @@ from llmjax.parallel.collectives import (
     psum_scatter,
 )
 from meshes import Rules
-from pallas_kernels import gather_rows, sort_rows
+from pallas_kernels import gather_rows, room_for, sort_rows
 
 Dispatch = Literal["allreduce", "allgather", "all_to_all"]
 Exchange = Literal["padded", "ragged"]
@@ -39,7 +39,8 @@ Exchange = Literal["padded", "ragged"]
 Compute = Callable[[Array, Array, Array, Any, Array], Array]
 """(rows [n, embed], group_sizes [local_slots], local_slot_of_row [n], params, layer) -> [n, embed].
 
-Rows are sorted by slot; those past the last group are padding, and may come back as anything.
+Rows are sorted by slot, as `sort_rows` of the `row_alignment` leaves them; those of no group are
+padding, may be anything, and may come back as anything.
 Results are partial sums over the axes of expert_ffn.
 """
 
@@ -96,13 +97,15 @@ def dispatch_experts(
     scale_inputs: bool = False,
     exchange: Exchange = "padded",
     compute_unsorted: ComputeUnsorted | None = None,
+    row_alignment: int = 1,
 ) -> Float[Array, "tokens embed"]:
     """The sum over each token's expert slots of gate times what the expert makes of the token.
 
     The slots of one token differ; -1 is no slot. `params` is a tree of [layers, slots, ...] with
     its PartitionSpecs. With `scale_inputs` the gates multiply what experts get, not what they give
     (Llama 4); otherwise `compute_unsorted`, if there is one, is asked first. More than
-    `max_num_tokens` tokens on a rank go in several rounds.
+    `max_num_tokens` tokens on a rank go in several rounds. `compute` gets the rows of each slot
+    from a multiple of `row_alignment` on.
     """
     group = ExpertGroup.of(rules)
     num_slots = jax.tree.leaves(params)[0].shape[1] // rules.size("experts")
@@ -120,7 +123,7 @@ def dispatch_experts(
                 pairs = compute_unsorted(tokens.x, jnp.where(held, local, -1), params, layer)
                 if pairs is not None:
                     return add_pairs(tokens, pairs, held)
-            rows = sort_by_slot(local, num_slots)
+            rows = sort_by_slot(local, num_slots, row_alignment)
             return run_rows(tokens, rows, params, layer, compute, scale_inputs)
 
         one_round = partial(send, experts=experts, group=group)
@@ -140,24 +143,27 @@ class SortedRows(NamedTuple):
     choice: Int[Array, "rows"]
     """Which of the token's slots."""
     slot: Int[Array, "rows"]
-    """Local slot; the last one for padding."""
+    """Local slot; any for padding."""
     sizes: Int[Array, "slots"]
-    """Rows of each slot; the rows after these are padding."""
+    """Rows of each slot; all others are padding."""
     row_of_pair: Int[Array, "tokens top_k"]
     """Where each pair stands; 0 for those that are not held."""
     held: Shaped[Array, "tokens top_k"]
     """Whether the pair's slot is on this rank."""
 
 
-def sort_by_slot(local_slots: Int[Array, "tokens top_k"], num_slots: int) -> SortedRows:
+def sort_by_slot(
+    local_slots: Int[Array, "tokens top_k"], num_slots: int, row_alignment: int
+) -> SortedRows:
     """Sorts the pairs whose local slot is in [0, num_slots); there is room for the worst case."""
     count, top_k = local_slots.shape
     held = (local_slots >= 0) & (local_slots < num_slots)
     flat = jnp.where(held, local_slots, num_slots).reshape(-1)
     # Not `flat`: sorting puts other slots last anyway, and needs no kernel before it.
-    order, place, sizes = sort_rows(local_slots.reshape(-1), num_slots)
+    flat_slots = local_slots.reshape(-1)
+    order, place, sizes = sort_rows(flat_slots, num_slots, row_alignment=row_alignment)
     # The slots of a token differ, so at most this many are here.
-    kept = order[: count * min(top_k, num_slots)]
+    kept = order[: room_for(count * min(top_k, num_slots), num_slots, row_alignment)]
     return SortedRows(
         token=kept // top_k,
         choice=kept % top_k,

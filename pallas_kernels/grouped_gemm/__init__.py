@@ -20,6 +20,8 @@ from pallas_kernels.grouped_gemm.quantize import (
 )
 from pallas_kernels.grouped_gemm.route import Router, route_tokens_by_xla
 from pallas_kernels.grouped_gemm.sort import SortedRows, sort_rows_by_xla
+from pallas_kernels.grouped_gemm.tiles import BLOCK
+from pallas_kernels.groups import room_for, rows_held
 
 __all__ = [
     "QuantizedMatrices",
@@ -30,8 +32,10 @@ __all__ = [
     "expert_rows",
     "gather_rows",
     "grouped_gemm",
+    "preferred_row_alignment",
     "quantize_matrices",
     "quantize_rows",
+    "room_for",
     "sort_rows",
 ]
 
@@ -40,6 +44,9 @@ __all__ = [
 IMPLEMENTATIONS = ("mosaic_sm90", "reference")
 MIN_COPIED_ROWS = 1024
 """Rows from which on the copy engine beats XLA's gather."""
+MIN_ALIGNED_ROWS = 64
+"""Rows of a group, on average, from which on groups should begin at multiples of `BLOCK`: fewer
+are read and written sooner side by side than in blocks of their own."""
 
 
 def grouped_gemm(
@@ -51,14 +58,16 @@ def grouped_gemm(
     bias: Float[Array, "layers groups n"] | None = None,
     activation: str | None = None,
     first_group: Int[Array, ""] | int = 0,
+    row_alignment: int = 1,
     implementation: str | None = None,
 ) -> Float[Array, "rows out"]:
     """Multiplies each group's rows with that group's matrix of one layer, sums in float32.
 
-    Group g owns the `group_sizes[g]` rows after those of the groups before it. `rhs` and `bias`
-    hold the groups from `first_group` on: rows of groups that they lack, and rows past the last
-    group, come back unspecified, and must be masked, not multiplied by 0. The sizes are read on the
-    device. Quantised operands come in pairs, and give bfloat16.
+    Group g owns the `group_sizes[g]` rows after those of the groups before it, or those from where
+    `sort_rows` of the same `row_alignment` lets it begin. `rhs` and `bias` hold the groups from
+    `first_group` on: rows of groups that they lack, and rows of no group, come back unspecified,
+    and must be masked, not multiplied by 0. The sizes are read on the device. Quantised operands
+    come in pairs, and give bfloat16.
 
     The `activation`, one of `ACTIVATIONS`, is applied to the float32 sums: the first half of the n
     columns is the gate, the second half what it gates, and n / 2 columns come out.
@@ -69,10 +78,13 @@ def grouped_gemm(
     """
     _check_arguments(lhs, rhs, activation, implementation)
     device = backend.get_default_device()
-    options = {"bias": bias, "activation": activation, "first_group": first_group}
+    options = {
+        "bias": bias, "activation": activation, "first_group": first_group,
+        "row_alignment": row_alignment,
+    }  # fmt: skip
     if implementation != "reference":
         try:
-            kernel = _hopper_kernel(lhs, rhs, group_sizes, activation, device)
+            kernel = _hopper_kernel(lhs, rhs, group_sizes, activation, row_alignment, device)
         except NotImplementedError as error:
             if implementation is not None:
                 raise
@@ -149,10 +161,23 @@ def route_tokens(
     return route_tokens_by_xla(logits, correction, is_real, router) if routed is None else routed
 
 
+def preferred_row_alignment(rows_a_group: float) -> int:
+    """The `row_alignment` of `sort_rows` and `grouped_gemm` that is fastest here."""
+    is_better = rows_a_group >= MIN_ALIGNED_ROWS and _is_hopper(backend.get_default_device())
+    return BLOCK if is_better else 1
+
+
 def sort_rows(
-    group_of_row: Int[Array, "rows"], groups: int, *, implementation: str | None = None
+    group_of_row: Int[Array, "rows"],
+    groups: int,
+    *,
+    row_alignment: int = 1,
+    implementation: str | None = None,
 ) -> SortedRows:
     """Sorts rows by group; those whose group is not in [0, groups) come last.
+
+    Each group begins at a multiple of `row_alignment`, a power of two: beyond 1, places are left
+    where no row stands. They are `room_for` so many rows and groups.
 
     Of `implementation` the same is true as in `route_tokens`.
     """
@@ -161,10 +186,12 @@ def sort_rows(
     def run_kernel():
         from pallas_kernels.grouped_gemm import sort_sm90
 
-        return sort_sm90.sort_rows(group_of_row, groups)
+        return sort_sm90.sort_rows(group_of_row, groups, row_alignment=row_alignment)
 
     ordered = _try_kernel("sort_rows", "sort_sm90", run_kernel, implementation)
-    return sort_rows_by_xla(group_of_row, groups) if ordered is None else ordered
+    if ordered is not None:
+        return ordered
+    return sort_rows_by_xla(group_of_row, groups, row_alignment=row_alignment)
 
 
 def gather_rows(
@@ -250,18 +277,20 @@ def _check_arguments(lhs, rhs, activation: str | None, implementation: str | Non
         )
 
 
-def _hopper_kernel(lhs, rhs, group_sizes, activation: str | None, device: Any) -> Callable:
+def _hopper_kernel(
+    lhs, rhs, group_sizes, activation: str | None, row_alignment: int, device: Any
+) -> Callable:
     """The kernel for these operands; raises NotImplementedError if there is none."""
     if not _is_hopper(device):
         raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
     from pallas_kernels.grouped_gemm import mosaic_sm90, quantized_sm90
 
     quantized = isinstance(rhs, QuantizedMatrices)
-    rows = lhs.values.shape[0] if quantized else lhs.shape[0]
+    room, groups = (lhs.values if quantized else lhs).shape[0], group_sizes.shape[0]
     n, k = rhs.values.shape[2:] if quantized else rhs.shape[:1:-1]
     choose = quantized_config_for if quantized else config_for
     config = choose(
-        rows=rows, groups=group_sizes.shape[0], k=k, n=n,
+        rows=rows_held(room, groups, row_alignment), groups=groups, k=k, n=n,
         num_sms=device.core_count, gated=activation is not None,
     )  # fmt: skip
     if quantized:

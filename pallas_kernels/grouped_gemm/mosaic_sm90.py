@@ -30,6 +30,7 @@ def grouped_gemm(
     bias: Float[Array, "layers groups n"] | None = None,
     activation: str | None = None,
     first_group: Int[Array, ""] | int = 0,
+    row_alignment: int = 1,
     config: TileConfig,
     num_sms: int,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -45,7 +46,13 @@ def grouped_gemm(
     padding = -rows % BLOCK
     lhs = jnp.pad(lhs, ((0, padding), (0, 0))) if padding else lhs
     kernel = plgpu.kernel(
-        functools.partial(_kernel, groups=groups, activation=activation, config=config),
+        functools.partial(
+            _kernel,
+            groups=groups,
+            activation=activation,
+            row_alignment=row_alignment,
+            config=config,
+        ),  # fmt: skip
         out_type=jax.ShapeDtypeStruct((rows + padding, n // parts), lhs.dtype),
         grid=(num_sms,),
         grid_names=("worker",),
@@ -56,7 +63,7 @@ def grouped_gemm(
             rhs_smem=tiled(
                 (config.stages, parts, config.block_k, config.columns // parts), rhs.dtype
             ),
-            **store_memory(config, parts, lhs.dtype),
+            **store_memory(config, parts, lhs.dtype, row_alignment),
             filled=plgpu.Barrier(num_arrivals=1 + parts, num_barriers=config.stages),
             released=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
         ),
@@ -92,15 +99,15 @@ def check_covered(lhs: Array, rhs: Array, config: TileConfig, activation: str | 
 
 def _kernel(
     lhs_ref, rhs_ref, sizes_ref, layer_ref, first_ref, *bias_and_out,
-    lhs_smem, rhs_smem, out_smem, edge_smem, filled, released,
-    groups: int, activation: str | None, config: TileConfig,
+    lhs_smem, rhs_smem, out_smem, filled, released,
+    groups: int, activation: str | None, row_alignment: int, config: TileConfig, edge_smem=None,
 ):  # fmt: skip
     *bias_ref, out_ref = bias_and_out
     warpgroup = lax.axis_index("warpgroup")
     parts, _, part_columns = rhs_smem.shape[1:]
     walk = functools.partial(
         for_each_tile, sizes_ref, layer_ref, first_ref, groups, rhs_ref.shape[2] // parts,
-        part_columns, config,
+        part_columns, row_alignment, config,
     )  # fmt: skip
     k_steps = rhs_ref.shape[1] // config.block_k
 

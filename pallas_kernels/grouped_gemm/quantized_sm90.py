@@ -39,6 +39,7 @@ def grouped_gemm(
     bias: Float[Array, "layers groups n"] | None = None,
     activation: str | None = None,
     first_group: Int[Array, ""] | int = 0,
+    row_alignment: int = 1,
     config: TileConfig,
     num_sms: int,
     interpret: plgpu.InterpretGPUParams | None = None,
@@ -57,7 +58,13 @@ def grouped_gemm(
         values = jnp.pad(values, ((0, padding), (0, 0)))
         scales = jnp.pad(scales, ((0, 0), (0, padding)))
     kernel = plgpu.kernel(
-        functools.partial(_kernel, groups=groups, activation=activation, config=config),
+        functools.partial(
+            _kernel,
+            groups=groups,
+            activation=activation,
+            row_alignment=row_alignment,
+            config=config,
+        ),  # fmt: skip
         out_type=jax.ShapeDtypeStruct((rows + padding, n // parts), jnp.bfloat16),
         grid=(num_sms,),
         grid_names=("worker",),
@@ -68,7 +75,7 @@ def grouped_gemm(
             rhs_smem=tiled((config.stages, config.columns, SCALE_BLOCK), values.dtype),
             # A copy's target begins at a multiple of 128 bytes.
             scale_smem=plgpu.SMEM((config.stages, -(-config.max_rows // 32) * 32), jnp.float32),
-            **store_memory(config, parts, jnp.dtype(jnp.bfloat16)),
+            **store_memory(config, parts, jnp.dtype(jnp.bfloat16), row_alignment),
             filled=plgpu.Barrier(num_arrivals=2 + parts, num_barriers=config.stages),
             released=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
         ),
@@ -107,8 +114,8 @@ def check_covered(rhs: QuantizedMatrices, config: TileConfig, activation: str | 
 
 def _kernel(
     lhs_ref, lhs_scale_ref, rhs_ref, rhs_scale_ref, sizes_ref, layer_ref, first_ref, *bias_and_out,
-    lhs_smem, rhs_smem, scale_smem, out_smem, edge_smem, filled, released,
-    groups: int, activation: str | None, config: TileConfig,
+    lhs_smem, rhs_smem, scale_smem, out_smem, filled, released,
+    groups: int, activation: str | None, row_alignment: int, config: TileConfig, edge_smem=None,
 ):  # fmt: skip
     *bias_ref, out_ref = bias_and_out
     warpgroup = lax.axis_index("warpgroup")
@@ -116,7 +123,7 @@ def _kernel(
     n, k_steps = rhs_ref.shape[1], rhs_scale_ref.shape[2]
     walk = functools.partial(
         for_each_tile, sizes_ref, layer_ref, first_ref, groups, n // parts,
-        config.columns // parts, config,
+        config.columns // parts, row_alignment, config,
     )  # fmt: skip
     stages = Stages(
         lhs=lhs_smem, rhs=rhs_smem, lhs_scales=scale_smem, rhs_scales=rhs_scale_ref,

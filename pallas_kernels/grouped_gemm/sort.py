@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
+from pallas_kernels.groups import group_begin, room_for
+
 MAX_PAIRWISE = 2048
 """Rows up to which every row is compared with every other."""
 BLOCK = 128
@@ -20,16 +22,21 @@ BLOCK = 128
 class SortedRows(NamedTuple):
     """A stable order of rows by group."""
 
-    row: Int[Array, "rows"]
-    """Which row stands at each place."""
+    row: Int[Array, "places"]
+    """Which row stands at each place; any row where none does."""
     place: Int[Array, "rows"]
     """Where each row stands."""
     sizes: Int[Array, "groups"]
     """Rows of each group."""
 
 
-def sort_rows_by_xla(group_of_row: Int[Array, "rows"], groups: int) -> SortedRows:
-    """Sorts rows by group; those whose group is not in [0, groups) come last."""
+def sort_rows_by_xla(
+    group_of_row: Int[Array, "rows"], groups: int, *, row_alignment: int = 1
+) -> SortedRows:
+    """Sorts rows by group; those whose group is not in [0, groups) come last.
+
+    Groups begin where `groups.group_begin` says.
+    """
     held = (group_of_row >= 0) & (group_of_row < groups)
     group_of_row = jnp.where(held, group_of_row, groups)
     place, sizes = lax.platform_dependent(
@@ -37,8 +44,20 @@ def sort_rows_by_xla(group_of_row: Int[Array, "rows"], groups: int) -> SortedRow
         cpu=partial(place_by_sorting, groups=groups),
         default=partial(place_by_counting, groups=groups),
     )
-    row = jnp.zeros_like(place).at[place].set(jnp.arange(group_of_row.size), unique_indices=True)
+    rows = group_of_row.size
+    if row_alignment > 1:
+        before = jnp.cumsum(sizes, dtype=jnp.int32)
+        before = jnp.concatenate([jnp.zeros(1, jnp.int32), before])
+        moved = group_begin(before, jnp.arange(groups + 1), row_alignment) - before
+        place += moved[group_of_row]
+    row = jnp.zeros(room_for(rows, groups, row_alignment), jnp.int32)
+    row = row.at[place].set(jnp.arange(rows, dtype=jnp.int32), unique_indices=True)
     return SortedRows(row, place, sizes)
+
+
+def clip_unused(row: Int[Array, "places"], rows: int) -> Int[Array, "places"]:
+    """Rows at places of which some may hold no number of a row, but anything."""
+    return row if row.size == rows else jnp.clip(row, 0, rows - 1)
 
 
 def place_by_sorting(group_of_row: Int[Array, "rows"], groups: int) -> tuple[Array, Array]:

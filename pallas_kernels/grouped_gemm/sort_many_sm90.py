@@ -20,7 +20,8 @@ from pallas_kernels.grouped_gemm.lanes_sm90 import (
     row_layout,
     scatter,
 )
-from pallas_kernels.grouped_gemm.sort import SortedRows
+from pallas_kernels.grouped_gemm.sort import SortedRows, clip_unused
+from pallas_kernels.groups import group_begin, room_for
 from pallas_kernels.registers import store_registers
 
 PART = 128
@@ -40,15 +41,20 @@ def sort_rows(
     group_of_row: Int[Array, "rows"],
     groups: int,
     *,
+    row_alignment: int = 1,
     part: int = PART,
     parts: int = PARTS,
     interpret: plgpu.InterpretGPUParams | None = None,
 ) -> SortedRows:
-    """Sorts rows by group; those whose group is not in [0, groups) come last."""
+    """Sorts rows by group; those whose group is not in [0, groups) come last.
+
+    Groups begin where `groups.group_begin` says.
+    """
     rows = group_of_row.size
     padding, columns = -rows % (part * parts), groups + -groups % LANES
     padded = jnp.pad(group_of_row, (0, padding), constant_values=-1) if padding else group_of_row
     runs = padded.size // (part * parts)
+    places, all_places = (room_for(size, groups, row_alignment) for size in (rows, padded.size))
     array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     kernel = functools.partial(plgpu.kernel, compiler_params=BY_LANE, interpret=interpret)
     counts = kernel(
@@ -60,8 +66,8 @@ def sort_rows(
         kernel_name="count_rows",
     )(padded)
     row, place, sizes = kernel(
-        functools.partial(_place, part=part, parts=parts),
-        out_type=(array((padded.size,)), array((padded.size,)), array((groups,))),
+        functools.partial(_place, row_alignment=row_alignment, part=part, parts=parts),
+        out_type=(array((all_places,)), array((padded.size,)), array((groups,))),
         grid=(runs * parts,),
         grid_names=("part",),
         scratch_types=dict(
@@ -69,7 +75,7 @@ def sort_rows(
         ),
         kernel_name="place_rows",
     )(padded, *counts)
-    return SortedRows(row[:rows], place[:rows], sizes)
+    return SortedRows(clip_unused(row[:places], rows), place[:rows], sizes)
 
 
 def _count(group_ref, counts_ref, sums_ref, *, groups: int, part: int, parts: int):
@@ -91,7 +97,7 @@ def _count(group_ref, counts_ref, sums_ref, *, groups: int, part: int, parts: in
 
 def _place(
     group_ref, counts_ref, sums_ref, row_ref, place_ref, sizes_ref,
-    *, places, totals, part: int, parts: int,
+    *, places, totals, row_alignment: int, part: int, parts: int,
 ):  # fmt: skip
     index = lax.axis_index("part")
     run = lax.div(index, parts)
@@ -112,7 +118,8 @@ def _place(
 
     first = index * part
     # Rows of no group follow all others.
-    ungrouped = first - jnp.sum(earlier) + jnp.sum(total)
+    ungrouped = group_begin(jnp.sum(total), jnp.int32(groups), row_alignment)
+    ungrouped += first - jnp.sum(earlier)
     column = plgpu.broadcasted_iota(jnp.int32, (columns,), 0, layout=ACROSS)
     theirs = _load(group_ref.at[pl.ds(first, part)], ACROSS)
     is_grouped = (theirs >= 0) & (theirs < groups)
@@ -125,12 +132,13 @@ def _place(
         mine = jnp.where((mine >= 0) & (mine < groups), mine, -1)
         mine_position = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=DOWN) + begin
         wide, group = _down(mine, columns), _across(column, ROWS)
-        before = jnp.where(group == wide, _across(earlier, ROWS), 0)
-        before = jnp.where(group < wide, _across(total, ROWS), before)
+        lower = jnp.sum(jnp.where(group < wide, _across(total, ROWS), 0), axis=1)
+        before = jnp.sum(jnp.where(group == wide, _across(earlier, ROWS), 0), axis=1)
         same = _across(theirs, ROWS) == _down(mine, part)
         same &= _across(position, ROWS) < _down(mine_position, part)
-        place = jnp.sum(before, axis=1) + jnp.sum(same.astype(jnp.int32), axis=1)
-        place += jnp.where(mine < 0, ungrouped, 0)
+        grouped = group_begin(lower, mine, row_alignment)
+        place = before + jnp.sum(same.astype(jnp.int32), axis=1)
+        place += jnp.where(mine >= 0, grouped, ungrouped)
         store_registers(place_ref.at[pl.ds(first + begin, ROWS)], place)
         store_registers(places.at[pl.ds(begin, ROWS)], place)
 

@@ -9,7 +9,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.activation import ACTIVATIONS
-from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig
+from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig, has_whole_blocks
 
 EDGE_LAYOUT = plgpu.Layout.TILED(
     plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
@@ -28,15 +28,17 @@ def tiled(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
-def store_memory(config: TileConfig, parts: int, dtype: jnp.dtype) -> dict[str, Any]:
+def store_memory(
+    config: TileConfig, parts: int, dtype: jnp.dtype, row_alignment: int
+) -> dict[str, Any]:
     """The shared memory that storing needs; of two parts, one gates the other."""
     rows, width = config.store_rows * parts, config.width // parts
     if config.upright:
         rows, width = UPRIGHT, UPRIGHT
-    return dict(
-        out_smem=tiled((config.warpgroups, 2, rows, width), dtype),
-        edge_smem=plgpu.SMEM((config.warpgroups, BLOCK, 64), dtype),
-    )
+    memory: dict[str, Any] = dict(out_smem=tiled((config.warpgroups, 2, rows, width), dtype))
+    if not has_whole_blocks(row_alignment):
+        memory["edge_smem"] = plgpu.SMEM((config.warpgroups, BLOCK, 64), dtype)
+    return memory
 
 
 def add_bias(
@@ -77,7 +79,7 @@ def store_tile(results: list[Array], out_smem, edge_smem, out_ref, tile: Tile) -
             staged.at[:, columns].transpose((1, 0))[...] = part[:, begin : begin + count]
         plgpu.commit_smem()
         column = tile.column + warpgroup * staged.shape[1]
-        store_rows(staged, edge_smem.at[warpgroup], out_ref, tile, tile.row + begin, column)
+        store_rows(staged, edge_smem, out_ref, tile, tile.row + begin, column)
         plgpu.commit_smem_to_gmem_group()
 
 
@@ -96,12 +98,15 @@ def store_upright(results: list[Array], out_smem, edge_smem, out_ref, tile: Tile
             staged[...] = values
             plgpu.commit_smem()
             row = tile.row + warpgroup * UPRIGHT
-            store_rows(staged, edge_smem.at[warpgroup], out_ref, tile, row, column)
+            store_rows(staged, edge_smem, out_ref, tile, row, column)
             plgpu.commit_smem_to_gmem_group()
 
 
-def store_rows(staged, edge, out_ref, tile: Tile, row: Array, column: Array) -> None:
-    """Copies staged rows out to `row` on, leaving alone those of neighbouring groups."""
+def store_rows(staged, edge_smem, out_ref, tile: Tile, row: Array, column: Array) -> None:
+    """Copies staged rows out to `row` on, leaving alone those of neighbouring groups.
+
+    There is no memory for edges where no two groups share a block.
+    """
     count, width = staged.shape
     row, column = pl.multiple_of(row, BLOCK), pl.multiple_of(column, 64)
     columns = pl.ds(column, width)
@@ -122,6 +127,10 @@ def store_rows(staged, edge, out_ref, tile: Tile, row: Array, column: Array) -> 
         def _():
             target = out_ref.at[pl.ds(block_row, BLOCK), columns]
             plgpu.copy_smem_to_gmem(block_rows, target, commit_group=False)
+
+        if edge_smem is None:
+            return
+        edge = edge_smem.at[lax.axis_index("warpgroup")]
 
         @pl.when(end - begin < BLOCK)
         def _():

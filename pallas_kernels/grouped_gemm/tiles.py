@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from pallas_kernels.groups import group_begin
+
 BLOCK = 8
 """Rows of one swizzle tile: row tiles begin at a multiple of it and are stored by it."""
 
@@ -44,6 +46,11 @@ class TileConfig:
         return self.width if self.upright else self.width * self.warpgroups
 
 
+def has_whole_blocks(row_alignment: int) -> bool:
+    """Whether no two groups share a block, so that tiles may take what is unused of their last."""
+    return row_alignment % BLOCK == 0
+
+
 @dataclass(frozen=True)
 class Tile:
     """One piece of work: some rows of one group, times one block of its columns."""
@@ -62,7 +69,7 @@ class Tile:
 
 def for_each_tile(
     sizes_ref, layer_ref, first_ref, groups: int, columns: int, tile_columns: int,
-    config: TileConfig, body: Callable,
+    row_alignment: int, config: TileConfig, body: Callable,
 ) -> Array:  # fmt: skip
     """Calls `step = body(rows, tile, step)` for this worker's tiles; returns the steps taken.
 
@@ -75,15 +82,20 @@ def for_each_tile(
     blocks_per_tile = config.max_rows // BLOCK
     first, last = first_ref[0], sizes_ref.shape[0] - 1
 
-    def blocks_and_tiles(start, size):
-        blocks = lax.div(start + size + BLOCK - 1, BLOCK) - lax.div(start, BLOCK)
+    def cut(group, rows_before, size):
+        """A group's first row and one past its last, its blocks, and the tiles that these take."""
+        start = group_begin(rows_before, first + group, row_alignment)
+        end = start + size
+        blocks = lax.div(end + BLOCK - 1, BLOCK) - lax.div(start, BLOCK)
         blocks = jnp.where(size > 0, blocks, 0)
-        return blocks, lax.div(blocks + blocks_per_tile - 1, blocks_per_tile)
+        if has_whole_blocks(row_alignment):
+            end = start + blocks * BLOCK
+        return start, end, blocks, lax.div(blocks + blocks_per_tile - 1, blocks_per_tile)
 
     def one_group(group, carry):
-        tile, tiles_before, start, step = carry
-        end = start + sizes_ref[first + group]
-        blocks, row_tiles = blocks_and_tiles(start, end - start)
+        tile, tiles_before, rows_before, step = carry
+        size = sizes_ref[first + group]
+        start, end, blocks, row_tiles = cut(group, rows_before, size)
         tiles_after = tiles_before + row_tiles * column_tiles
 
         def one_tile(carry):
@@ -113,25 +125,25 @@ def for_each_tile(
             return tile + workers, lax.switch(size_class, branches, step)
 
         tile, step = lax.while_loop(lambda c: c[0] < tiles_after, one_tile, (tile, step))
-        return tile, tiles_after, end, step
+        return tile, tiles_after, rows_before + size, step
 
     def some_groups(index, carry):
         # Counted without a branch between them: with few rows most groups are passed over, and a
         # branch for each would take as long as the products.
-        tile, tiles_before, start, step = carry
+        tile, tiles_before, rows_before, step = carry
         begin = index * GROUPS_AT_ONCE
-        tiles_after, end = tiles_before, start
+        tiles_after, rows_after = tiles_before, rows_before
         for group in range(GROUPS_AT_ONCE):
             size = sizes_ref[lax.min(first + begin + group, last)]
             size = jnp.where(begin + group < groups, size, 0)
-            tiles_after += blocks_and_tiles(end, size)[1] * column_tiles
-            end += size
+            tiles_after += cut(begin + group, rows_after, size)[-1] * column_tiles
+            rows_after += size
         walked = jnp.where(tile < tiles_after, lax.min(begin + GROUPS_AT_ONCE, groups), begin)
         tile, _, _, step = lax.fori_loop(
-            begin, walked, one_group, (tile, tiles_before, start, step)
+            begin, walked, one_group, (tile, tiles_before, rows_before, step)
         )
-        return tile, tiles_after, end, step
+        return tile, tiles_after, rows_after, step
 
-    start = lax.fori_loop(0, first, lambda g, total: total + sizes_ref[g], jnp.int32(0))
-    carry = (lax.axis_index("worker"), jnp.int32(0), start, jnp.int32(0))
+    rows_before = lax.fori_loop(0, first, lambda g, total: total + sizes_ref[g], jnp.int32(0))
+    carry = (lax.axis_index("worker"), jnp.int32(0), rows_before, jnp.int32(0))
     return lax.fori_loop(0, -(-groups // GROUPS_AT_ONCE), some_groups, carry)[-1]

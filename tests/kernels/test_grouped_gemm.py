@@ -1,4 +1,5 @@
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +7,15 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_checks import assert_lowers_for_cuda
+from jax.extend import backend
+from kernel_checks import assert_lowers_for_cuda, group_rows
 
 import pallas_kernels
 from pallas_kernels import reference
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import configs, mosaic_sm90
 from pallas_kernels.grouped_gemm.tiles import TileConfig
+from pallas_kernels.groups import room_for
 
 TINY_TILES = {
     "narrow": TileConfig(row_tiles=(8, 16, 24), stages=2, store_rows=16),
@@ -32,23 +35,29 @@ SIZES = {
     "more groups than are counted at once": [0, 9, 0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 20],
 }
 
+aligned = pytest.mark.parametrize("alignment", [1, 8])
 
-def operands(seed: int, sizes: list[int], *, groups: int, k: int = 128, n: int = 128):
+
+def operands(
+    seed: int, sizes: list[int], *, groups: int, k: int = 128, n: int = 128, alignment: int = 1
+):
     rng = np.random.default_rng(seed)
     # Five rows belong to no group.
-    lhs = jnp.asarray(rng.normal(size=(sum(sizes) + 5, k)), jnp.bfloat16)
+    room = room_for(sum(sizes) + 5, len(sizes), alignment)
+    lhs = rng.normal(size=(room, k))
+    if alignment > 1:
+        lhs[~np.isin(np.arange(room), np.concatenate(group_rows(sizes, alignment)))] = np.nan
     rhs = jnp.asarray(rng.normal(size=(2, groups, k, n)), jnp.bfloat16)
-    return lhs, rhs, jnp.asarray(sizes, jnp.int32)
+    return jnp.asarray(lhs, jnp.bfloat16), rhs, jnp.asarray(sizes, jnp.int32)
 
 
-def exact(lhs, rhs, sizes, layer, first_group, bias=None, activation=None):
-    """The products group by group in float64, NaN for rows of absent groups."""
+def exact(lhs, rhs, sizes, layer, first_group, bias=None, activation=None, alignment=1):
+    """The products group by group in float64, NaN for rows of absent groups and of none."""
     lhs, rhs = np.asarray(lhs, np.float64), np.asarray(rhs, np.float64)[layer]
     out = np.full((lhs.shape[0], rhs.shape[2]), np.nan)
-    ends = np.cumsum(sizes)
+    all_rows = group_rows(sizes, alignment)
     for index, weights in enumerate(rhs):
-        group = first_group + index
-        rows = slice(ends[group] - sizes[group], ends[group])
+        rows = all_rows[first_group + index]
         out[rows] = lhs[rows] @ weights
         if bias is not None:
             out[rows] += np.asarray(bias, np.float64)[layer, index]
@@ -73,11 +82,12 @@ def assert_close(out, want):
     )
 
 
+@aligned
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_reference_multiplies_each_group_with_its_own_matrix(sizes):
-    lhs, rhs, group_sizes = operands(0, sizes, groups=len(sizes))
-    out = reference.grouped_gemm(lhs, rhs, group_sizes, 1)
-    assert_close(out, exact(lhs, rhs, sizes, 1, 0))
+def test_reference_multiplies_each_group_with_its_own_matrix(sizes, alignment):
+    lhs, rhs, group_sizes = operands(0, sizes, groups=len(sizes), alignment=alignment)
+    out = reference.grouped_gemm(lhs, rhs, group_sizes, 1, row_alignment=alignment)
+    assert_close(out, exact(lhs, rhs, sizes, 1, 0, alignment=alignment))
 
 
 @pytest.mark.parametrize("bytes_at_once", [1, 3 * 128 * 128 * 2, 10**9])
@@ -111,22 +121,27 @@ def test_reference_gives_zero_for_rows_of_absent_groups():
     assert not np.asarray(out)[:3].any() and not np.asarray(out)[10:].any()
 
 
+@aligned
 @pytest.mark.parametrize("tiles", TINY_TILES.values(), ids=TINY_TILES.keys())
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_hopper_kernel_agrees_with_float64_and_has_no_race(sizes, tiles):
-    lhs, rhs, group_sizes = operands(2, sizes, groups=len(sizes))
-    out = interpret(lhs, rhs, group_sizes, 1, config=tiles)
-    assert_close(out, exact(lhs, rhs, sizes, 1, 0))
+def test_hopper_kernel_agrees_with_float64_and_has_no_race(sizes, tiles, alignment):
+    lhs, rhs, group_sizes = operands(2, sizes, groups=len(sizes), alignment=alignment)
+    out = interpret(lhs, rhs, group_sizes, 1, config=tiles, row_alignment=alignment)
+    assert_close(out, exact(lhs, rhs, sizes, 1, 0, alignment=alignment))
     assert not gpu_callbacks.get_races().races_found
 
 
-def test_hopper_kernel_takes_local_groups_of_a_larger_set():
+@aligned
+def test_hopper_kernel_takes_local_groups_of_a_larger_set(alignment):
     sizes = [1, 5, 0, 30, 2, 2]
-    lhs, rhs, group_sizes = operands(3, sizes, groups=3)
-    out = interpret(lhs, rhs, group_sizes, 0, first_group=jnp.int32(2), config=TINY_TILES["narrow"])
-    assert_close(out, exact(lhs, rhs, sizes, 0, 2))
+    lhs, rhs, group_sizes = operands(3, sizes, groups=3, alignment=alignment)
+    options = {"first_group": jnp.int32(2), "row_alignment": alignment}
+    out = interpret(lhs, rhs, group_sizes, 0, config=TINY_TILES["narrow"], **options)
+    assert_close(out, exact(lhs, rhs, sizes, 0, 2, alignment=alignment))
     # Interpreted memory starts as NaN: other groups' rows were not touched.
-    assert np.isnan(np.asarray(out)[:6]).all() and np.isnan(np.asarray(out)[38:]).all()
+    _, before, *_, after = group_rows(sizes, alignment)
+    out = np.asarray(out)
+    assert np.isnan(out[: before[-1] + 1]).all() and np.isnan(out[after[0] :]).all()
 
 
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
@@ -146,11 +161,13 @@ def interpret(*args, **kwargs):
     return mosaic_sm90.grouped_gemm(*args, **kwargs, num_sms=2, interpret=params)
 
 
+@aligned
 @pytest.mark.parametrize("name, activation", SHIPPED)
-def test_every_shipped_configuration_lowers_for_cuda(name, activation):
+def test_every_shipped_configuration_lowers_for_cuda(name, activation, alignment):
     run = functools.partial(
-        mosaic_sm90.grouped_gemm, activation=activation, config=configs.NAMED[name], num_sms=132
-    )
+        mosaic_sm90.grouped_gemm,
+        activation=activation, row_alignment=alignment, config=configs.NAMED[name], num_sms=132,
+    )  # fmt: skip
     arguments = (
         jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16),
         jax.ShapeDtypeStruct((2, 128, 2048, 1536), jnp.bfloat16),
@@ -212,6 +229,14 @@ def test_without_a_gpu_the_reference_runs_and_the_kernel_refuses():
         pallas_kernels.grouped_gemm(lhs, rhs, group_sizes, 0, implementation="mosaic_sm90")
 
 
+def test_large_groups_begin_at_whole_blocks_where_the_kernel_runs(monkeypatch):
+    assert pallas_kernels.preferred_row_alignment(1000.0) == 1
+    hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(backend, "get_default_device", lambda: hopper)
+    assert pallas_kernels.preferred_row_alignment(1000.0) == 8
+    assert pallas_kernels.preferred_row_alignment(1.0) == 1
+
+
 def test_an_unknown_implementation_is_refused_with_the_known_ones():
     lhs, rhs, group_sizes = operands(6, [3], groups=1)
     with pytest.raises(ValueError, match="use None or one of mosaic_sm90, reference"):
@@ -231,14 +256,15 @@ def test_an_activation_needs_an_even_number_of_columns():
 
 
 @pytest.mark.gpu
+@aligned
 @pytest.mark.parametrize("name, activation", SHIPPED)
-def test_on_a_gpu_every_shipped_configuration_agrees_with_float64(name, activation):
+def test_on_a_gpu_every_shipped_configuration_agrees_with_float64(name, activation, alignment):
     sizes = np.random.default_rng(7).multinomial(1000, np.ones(16) / 16).tolist()
     sizes[3] = 0
-    lhs, rhs, group_sizes = operands(8, sizes, groups=16, k=256, n=512)
+    lhs, rhs, group_sizes = operands(8, sizes, groups=16, k=256, n=512, alignment=alignment)
     bias = random_bias(13, rhs)
     out = mosaic_sm90.grouped_gemm(
-        lhs, rhs, group_sizes, 1, bias=bias, activation=activation,
+        lhs, rhs, group_sizes, 1, bias=bias, activation=activation, row_alignment=alignment,
         config=configs.NAMED[name], num_sms=jax.devices()[0].core_count,
     )  # fmt: skip
-    assert_close(out, exact(lhs, rhs, sizes, 1, 0, bias, activation))
+    assert_close(out, exact(lhs, rhs, sizes, 1, 0, bias, activation, alignment))

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_checks import assert_lowers_for_cuda
+from kernel_checks import assert_lowers_for_cuda, group_rows
 
 import pallas_kernels
 from pallas_kernels import QuantizedMatrices, QuantizedRows, quantize_matrices, quantize_rows
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import configs, quantized_sm90
 from pallas_kernels.grouped_gemm.tiles import TileConfig
+from pallas_kernels.groups import room_for
 
 TINY_TILES = {
     "narrow": TileConfig(row_tiles=(8, 16, 24), stages=2, store_rows=16),
@@ -34,13 +35,19 @@ SIZES = {
 }
 
 
-def operands(seed: int, sizes: list[int], *, k: int = 256, n: int = 256):
+aligned = pytest.mark.parametrize("alignment", [1, 8])
+
+
+def operands(seed: int, sizes: list[int], *, k: int = 256, n: int = 256, alignment: int = 1):
     """Scales differ by up to a factor of 1000 between blocks, so that a wrong one shows."""
     rng = np.random.default_rng(seed)
+    groups = len(sizes)
     # Five rows belong to no group.
-    rows, groups = sum(sizes) + 5, len(sizes)
+    rows = room_for(sum(sizes) + 5, groups, alignment)
     row_magnitude = np.repeat(10 ** rng.uniform(-2, 1, size=(rows, k // 128)), 128, axis=1)
     lhs = rng.normal(size=(rows, k)) * row_magnitude
+    if alignment > 1:
+        lhs[~np.isin(np.arange(rows), np.concatenate(group_rows(sizes, alignment)))] = np.nan
     magnitude = 10 ** rng.uniform(-2, 1, size=(2, groups, k // 128, n // 128))
     magnitude = np.repeat(np.repeat(magnitude, 128, axis=2), 128, axis=3)
     rhs = rng.normal(size=(2, groups, k, n)) * magnitude
@@ -57,14 +64,13 @@ def dequantize(lhs: QuantizedRows, rhs: QuantizedMatrices) -> tuple[np.ndarray, 
     return rows, matrices.swapaxes(2, 3)
 
 
-def exact(lhs, rhs, sizes, layer, bias=None, activation=None, first_group=0):
-    """The products group by group in float64, NaN for rows of absent groups."""
+def exact(lhs, rhs, sizes, layer, bias=None, activation=None, first_group=0, alignment=1):
+    """The products group by group in float64, NaN for rows of absent groups and of none."""
     rows, matrices = dequantize(lhs, rhs)
     out = np.full((len(rows), matrices.shape[3]), np.nan)
-    ends = np.cumsum(sizes)
+    all_rows = group_rows(sizes, alignment)
     for index, matrix in enumerate(matrices[layer]):
-        group = first_group + index
-        mine = slice(ends[group] - sizes[group], ends[group])
+        mine = all_rows[first_group + index]
         out[mine] = rows[mine] @ matrix
         if bias is not None:
             out[mine] += np.asarray(bias, np.float64)[layer, index]
@@ -117,22 +123,26 @@ def test_a_size_that_does_not_divide_into_blocks_is_refused_with_the_nearest():
         quantize_rows(jnp.ones((1, 200)))
 
 
+@aligned
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-def test_reference_multiplies_scaled_operands(activation):
+def test_reference_multiplies_scaled_operands(activation, alignment):
     sizes = [3, 0, 70]
-    lhs, rhs, group_sizes = operands(2, sizes)
+    lhs, rhs, group_sizes = operands(2, sizes, alignment=alignment)
     bias = random_bias(3, rhs)
-    out = pallas_kernels.grouped_gemm(lhs, rhs, group_sizes, 1, bias=bias, activation=activation)
+    out = pallas_kernels.grouped_gemm(
+        lhs, rhs, group_sizes, 1, bias=bias, activation=activation, row_alignment=alignment
+    )
     assert out.dtype == jnp.bfloat16
-    assert_close(out, exact(lhs, rhs, sizes, 1, bias, activation))
+    assert_close(out, exact(lhs, rhs, sizes, 1, bias, activation, alignment=alignment))
 
 
+@aligned
 @pytest.mark.parametrize("tiles", TINY_TILES.values(), ids=TINY_TILES.keys())
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_hopper_kernel_agrees_with_float64_and_has_no_race(sizes, tiles):
-    lhs, rhs, group_sizes = operands(4, sizes)
-    out = interpret(lhs, rhs, group_sizes, 1, config=tiles)
-    assert_close(out, exact(lhs, rhs, sizes, 1))
+def test_hopper_kernel_agrees_with_float64_and_has_no_race(sizes, tiles, alignment):
+    lhs, rhs, group_sizes = operands(4, sizes, alignment=alignment)
+    out = interpret(lhs, rhs, group_sizes, 1, config=tiles, row_alignment=alignment)
+    assert_close(out, exact(lhs, rhs, sizes, 1, alignment=alignment))
     assert not gpu_callbacks.get_races().races_found
 
 
@@ -160,11 +170,12 @@ def test_hopper_kernel_takes_local_groups_of_a_larger_set():
     assert np.isnan(np.asarray(out)[:2]).all() and np.isnan(np.asarray(out)[41:]).all()
 
 
+@aligned
 @pytest.mark.parametrize("name, activation", SHIPPED)
-def test_every_shipped_configuration_lowers_for_cuda(name, activation):
+def test_every_shipped_configuration_lowers_for_cuda(name, activation, alignment):
     run = functools.partial(
-        quantized_sm90.grouped_gemm,
-        activation=activation, config=configs.QUANTIZED[name], num_sms=132,
+        quantized_sm90.grouped_gemm, activation=activation, row_alignment=alignment,
+        config=configs.QUANTIZED[name], num_sms=132,
     )  # fmt: skip
     shape: Any = jax.ShapeDtypeStruct
     arguments = (
@@ -215,14 +226,15 @@ def test_operands_of_two_kinds_are_refused_with_what_to_do():
 
 
 @pytest.mark.gpu
+@aligned
 @pytest.mark.parametrize("name, activation", SHIPPED)
-def test_on_a_gpu_every_shipped_configuration_agrees_with_float64(name, activation):
+def test_on_a_gpu_every_shipped_configuration_agrees_with_float64(name, activation, alignment):
     sizes = np.random.default_rng(9).multinomial(1000, np.ones(16) / 16).tolist()
     sizes[3] = 0
-    lhs, rhs, group_sizes = operands(10, sizes, k=512, n=512)
+    lhs, rhs, group_sizes = operands(10, sizes, k=512, n=512, alignment=alignment)
     bias = random_bias(11, rhs)
     out = quantized_sm90.grouped_gemm(
-        lhs, rhs, group_sizes, 1, bias=bias, activation=activation,
+        lhs, rhs, group_sizes, 1, bias=bias, activation=activation, row_alignment=alignment,
         config=configs.QUANTIZED[name], num_sms=jax.devices()[0].core_count,
     )  # fmt: skip
-    assert_close(out, exact(lhs, rhs, sizes, 1, bias, activation))
+    assert_close(out, exact(lhs, rhs, sizes, 1, bias, activation, alignment=alignment))

@@ -13,6 +13,7 @@ from llmjax.parallel.dispatch_cost import (
     buffer_bytes,
     choose_dispatch,
     largest_max_num_tokens,
+    rows_a_slot,
     sent_bytes,
 )
 from llmjax.parallel.expert_dispatch import Dispatch, dispatch_experts
@@ -21,6 +22,21 @@ from pallas_kernels import grouped_gemm
 
 METHODS: tuple[Dispatch, ...] = ("allreduce", "allgather", "all_to_all")
 DEEPSEEK = ExpertLoad(tokens=64, embed=7168, ffn=2048, num_slots=256, top_k=8)
+
+
+@pytest.mark.parametrize(
+    ("plan", "limit", "rows"),
+    [
+        (ParallelPlan(ep=8), None, 2),
+        (ParallelPlan(ep=8, attention_dp=True), None, 16),
+        (ParallelPlan(ep=8, attention_dp=True), 16, 4),
+        (ParallelPlan(ep=4, tp=2, attention_dp="partial"), None, 8),
+        (ParallelPlan(dp=2, ep=4), None, 2),
+    ],
+    ids=str,
+)
+def test_a_slot_gets_its_share_of_the_tokens_of_all_ranks_of_its_experts(plan, limit, rows):
+    assert rows_a_slot(replace(DEEPSEEK, max_num_tokens=limit), rules=Rules(plan)) == rows
 
 
 def compile_dispatch(method: Dispatch, load: ExpertLoad, plan: ParallelPlan) -> tuple[str, int]:

@@ -1,7 +1,7 @@
 """Every dispatch, on every placement of tokens and experts, gives what a plain loop gives."""
 
 import re
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from llmjax.parallel.expert_dispatch import Dispatch, dispatch_experts
 from meshes import ParallelPlan, Rules, make_mesh
 from pallas_kernels import grouped_gemm
+from pallas_kernels.groups import group_begin
 
 EMBED, FFN, EXPERTS, TOP_K = 16, 8, 9, 4
 METHODS: tuple[Dispatch, ...] = ("allreduce", "allgather", "all_to_all")
@@ -88,12 +89,16 @@ class Layer:
         return out
 
 
-def compute(rows, group_sizes, slot_of_row, params, layer):
+def compute(rows, group_sizes, slot_of_row, params, layer, row_alignment=1):
     """Two products; padding comes back as NaN."""
-    hidden = grouped_gemm(rows, params["up"], group_sizes, layer)
+    multiply = partial(grouped_gemm, row_alignment=row_alignment)
+    hidden = multiply(rows, params["up"], group_sizes, layer)
     hidden = jax.nn.relu(hidden + params["bias"][layer, slot_of_row])
-    out = grouped_gemm(hidden, params["down"], group_sizes, layer)
-    real = jnp.arange(rows.shape[0]) < group_sizes.sum()
+    out = multiply(hidden, params["down"], group_sizes, layer)
+    before = jnp.cumsum(group_sizes) - group_sizes
+    begins = group_begin(before, jnp.arange(group_sizes.size), row_alignment)[:, None]
+    row = jnp.arange(rows.shape[0])
+    real = ((row >= begins) & (row < begins + group_sizes[:, None])).any(0)
     return jnp.where(real[:, None], out, jnp.nan)
 
 
@@ -113,8 +118,10 @@ def jitted(layer: Layer, method: Dispatch, **options: Any) -> Any:
     """The dispatch on the layer's plan: (x, slots, gates, params, layer) -> results."""
 
     def run(x, slots, gates, params, index):
+        alignment = options.get("row_alignment", 1)
         return dispatch_experts(
-            *(x, slots, gates, params, layer.specs, index, compute),
+            *(x, slots, gates, params, layer.specs, index),
+            partial(compute, row_alignment=alignment),
             method=method,
             rules=layer.rules,
             **options,
@@ -175,6 +182,14 @@ def test_every_dispatch_equals_the_loop_for_every_routing(plan, method):
 def test_a_single_token_on_a_rank_finds_its_experts(plan, tokens, method):
     layer = layer_on(plan)
     check(layer, method, routing("random", tokens, layer.slots_a_rank))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rows_of_a_slot_may_begin_at_multiples_of_eight(method):
+    layer = layer_on(MIXED[1])
+    for kind in KINDS:
+        inputs = routing(kind, 16, layer.slots_a_rank)
+        check(layer, method, inputs, kind=kind, row_alignment=8)
 
 
 @pytest.mark.parametrize("method", METHODS)
