@@ -15,6 +15,9 @@ REDUCED = 256
 COPY_ROWS = 64
 """Positions of one copy at most. What reaches past a row's end is copied by halves."""
 
+WHOLE = 128
+"""Positions that are cheaper to compute than to save and to merge."""
+
 
 def padded_values(dv: int) -> int:
     """Returns value features as the kernel computes them."""
@@ -107,6 +110,11 @@ class DecodeShape:
     def copy_rows(self) -> int:
         """Positions of one copy, which must lie in one page."""
         return min(self.page, COPY_ROWS)
+
+    @property
+    def whole(self) -> int:
+        """Copies that are not cut off a row that queries see a part of, as of a short window."""
+        return WHOLE // self.copy_rows if self.limited else 1
 
     @property
     def copies(self) -> int:

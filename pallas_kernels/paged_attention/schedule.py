@@ -71,8 +71,19 @@ class Schedule:
     """Tiles of a share."""
     begin: Array
     end: Array
-    last: tuple[Array, Array] | None = None
-    """The row of the share's last tile and the tiles of all rows before it, where known."""
+    last: tuple[Array, ...] | None = None
+    """The row of the share's last tile, the tiles of all rows before it, its length and that of the
+    row before, where known."""
+    whole: int = 1
+    """Tiles that are not cut off a row: a border of shares moves to a row's begin or end that is
+    nearer than that."""
+
+    def sharers(self, segment: Segment) -> tuple[Array, Array]:
+        """Returns the first and the last share that has tiles of a segment's row."""
+        kept = jnp.minimum(segment.tiles, self.whole)
+        # Borders before the first of these tiles, or the last, are the row's own.
+        first, last = kept - 1, jnp.maximum(kept - 1, segment.tiles - self.whole)
+        return lax.div(segment.base + first, self.size), lax.div(segment.base + last, self.size)
 
     def low(self, row: Array, length: Array) -> Array:
         """Returns the first position that the query of a row of `length` positions sees."""
@@ -118,8 +129,7 @@ class Schedule:
         def unfinished(state: tuple[Any, ...]) -> Array:
             return state[0] > self.begin
 
-        row, base = self._last_row()
-        place = (self.end, row, base, self._length(row), self._length(row - 1))
+        place = (self.end, *self._last_row())
         return lax.while_loop(unfinished, step, (*place, carry))[-1]
 
     def _segment(self, position: Array, row: Array, base: Array, length: Array) -> Segment:
@@ -131,8 +141,8 @@ class Schedule:
     def _length(self, row: Array) -> Array:
         return self.lengths[jnp.clip(row, 0, self.rows - 1)]
 
-    def _last_row(self) -> tuple[Array, Array]:
-        """Returns the row that holds the share's last tile, and the tiles of all rows before it."""
+    def _last_row(self) -> tuple[Array, ...]:
+        """Returns what `last` says."""
         if self.last is not None:
             return self.last
 
@@ -151,7 +161,7 @@ class Schedule:
 
         zero = jnp.int32(0)
         _, row, base, _ = lax.while_loop(unfinished, skip, (zero, zero, zero, zero))
-        return row, base
+        return row, base, self._length(row), self._length(row - 1)
 
     def total(self) -> Array:
         """Returns the tiles of all rows."""
@@ -160,6 +170,27 @@ class Schedule:
             return sum(self._chunk(index), total)
 
         return lax.fori_loop(0, self._chunks(), add, jnp.int32(0))
+
+    def move_borders(self, borders: list[Array]) -> list[Array]:
+        """Moves borders of shares to where rows begin or end, where `whole` says so."""
+        furthest = jnp.int32(2**30)
+
+        def find(index: Array, found: tuple[Array, list[Array], list[Array]]) -> Any:
+            seen, begins, ends = found
+            for tiles in self._chunk(index):
+                seen += tiles
+                pairs = list(zip(borders, begins, ends, strict=True))
+                begins = [jnp.where(seen <= at, seen, begin) for at, begin, _ in pairs]
+                ends = [jnp.where(seen <= at, end, jnp.minimum(end, seen)) for at, _, end in pairs]
+            return seen, begins, ends
+
+        zero = jnp.int32(0)
+        start = zero, [zero] * len(borders), [furthest] * len(borders)
+        _, begins, ends = lax.fori_loop(0, self._chunks(), find, start)
+        return [
+            jnp.where(at - begin < self.whole, begin, jnp.where(end - at < self.whole, end, at))
+            for at, begin, end in zip(borders, begins, ends, strict=True)
+        ]
 
     def _chunks(self) -> int:
         return -(-self.rows // self.at_once)
@@ -185,6 +216,7 @@ def plan_share(
     lengths: Any,
     limits: Any,
     lows: Any = None,
+    whole: int = 1,
     by_lanes: bool = False,
 ) -> Schedule:
     """Returns the schedule of one of `shares` shares of at least `min_tiles` tiles.
@@ -202,6 +234,7 @@ def plan_share(
         size=zero,
         begin=zero,
         end=zero,
+        whole=whole,
     )
     if by_lanes and lows is None and rows <= MOST_ROWS:
         size, begin, end, *last = place_share(
@@ -212,11 +245,13 @@ def plan_share(
             tile=tile,
             shares=shares,
             min_tiles=min_tiles,
+            whole=whole,
         )
         return dataclasses.replace(schedule, size=size, begin=begin, end=end, last=tuple(last))
     total = schedule.total()
     size = jnp.maximum(pl.cdiv(total, jnp.int32(shares)), min_tiles)
     begin = share * size
-    return dataclasses.replace(
-        schedule, size=size, begin=begin, end=jnp.minimum(begin + size, total)
-    )
+    end = jnp.minimum(begin + size, total)
+    if whole > 1:
+        begin, end = schedule.move_borders([begin, end])
+    return dataclasses.replace(schedule, size=size, begin=begin, end=end)
