@@ -14,9 +14,8 @@ REDUCED = 256
 """Numbers that the warps of a warpgroup exchange to reduce rows: two a thread."""
 COPY_ROWS = 64
 """Positions of one copy at most. What reaches past a row's end is copied by halves."""
-
 WHOLE = 128
-"""Positions that are cheaper to compute than to save and to merge."""
+"""Positions that are computed sooner than they are saved and merged, so that they stay in a row."""
 
 
 def padded_values(dv: int) -> int:
@@ -113,7 +112,7 @@ class DecodeShape:
 
     @property
     def whole(self) -> int:
-        """Copies that are not cut off a row that queries see a part of, as of a short window."""
+        """Copies that no border of shares cuts off a row, so that a short window stays whole."""
         return WHOLE // self.copy_rows if self.limited else 1
 
     @property

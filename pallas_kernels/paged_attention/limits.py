@@ -7,7 +7,9 @@ from jax import lax
 from jaxtyping import Array, Int
 
 
-def pack_limits(window: Array | int | None, chunk: Array | int | None) -> Int[Array, " sizes"] | None:
+def pack_limits(
+    window: Array | int | None, chunk: Array | int | None
+) -> Int[Array, " sizes"] | None:
     """Returns the window and the chunk, 0 for none, or None where neither is given.
 
     Without a chunk it is the window alone: kernels then need not divide by a chunk.

@@ -75,13 +75,14 @@ class Schedule:
     """The row of the share's last tile, the tiles of all rows before it, its length and that of the
     row before, where known."""
     whole: int = 1
-    """Tiles that are not cut off a row: a border of shares moves to a row's begin or end that is
-    nearer than that."""
+    """Tiles that no border of shares cuts off a row: a border that would cut off fewer moves to
+    where the row begins or ends."""
 
     def sharers(self, segment: Segment) -> tuple[Array, Array]:
         """Returns the first and the last share that has tiles of a segment's row."""
         kept = jnp.minimum(segment.tiles, self.whole)
-        # Borders before the first of these tiles, or the last, are the row's own.
+        # A border before the first of these tiles has moved to the row's begin, one behind the
+        # last to its end.
         first, last = kept - 1, jnp.maximum(kept - 1, segment.tiles - self.whole)
         return lax.div(segment.base + first, self.size), lax.div(segment.base + last, self.size)
 

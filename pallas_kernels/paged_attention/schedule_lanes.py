@@ -62,7 +62,7 @@ def place_share(
             row = arith.addi(row, arith.extui(_i32(), before))
             base = arith.maxsi(base, arith.select(before, until, _number(0)))
         row, base = _reduce("add", row), _reduce("max", base)
-        # Read from memory, these would come half a microsecond later.
+        # Read from memory, these would have the block wait for it once more.
         previous = arith.subi(row, _number(1))
         known = [_of_row(index, lengths, firsts) for index in (row, previous)]
         results = (size, begin, end, row, base, *known)
@@ -73,7 +73,7 @@ def place_share(
 
 
 def _move_border(border: Any, untils: list[Any], whole: int) -> Any:
-    """Moves a border between shares to a row's end that is nearer than `whole` tiles, see there."""
+    """Moves a border of shares to where a row begins or ends, see `whole` of `Schedule`."""
     base, end = _number(0), _number(2**30)
     for until in untils:
         before = arith.cmpi(arith.CmpIPredicate.sle, until, border)
