@@ -52,7 +52,7 @@ def compute_segments(
 
         @pl.when(segment.ends & jnp.logical_not(segment.starts))
         def _():
-            first_share, _ = schedule.sharers(segment)
+            first_share = schedule.sharers(segment)[0]
             if saved is not None:
                 parts = share - first_share
                 plgpu.semaphore_wait(saved.at[block_of(share)], parts, memory_scope="gpu")
@@ -99,7 +99,7 @@ def compute_segments(
                 finish_segment(segment, whole)
 
             handed += shared.astype(jnp.int32)
-        _, last_share = schedule.sharers(segment)
+        last_share = schedule.sharers(segment)[1]
         owed = jnp.where(segment.ends | jnp.logical_not(is_last), -1, block_of(last_share))
         return tiles + count, segments + 1, handed, owed
 
