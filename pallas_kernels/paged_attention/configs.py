@@ -10,7 +10,7 @@ from pallas_kernels.paged_attention.prefill_shape import PrefillConfig
 
 SHARED_BYTES = 220 * 1024
 """Shared memory of a block for tiles and operands; the rest is for barriers and reductions."""
-MERGED = 16
+MERGED = 8
 """Parts of a row that are merged at once: more make a longer program, which starts later."""
 PREFILL_SHARED_BYTES = 224 * 1024
 """The same for prefill, which reduces in registers alone."""

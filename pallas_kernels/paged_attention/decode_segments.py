@@ -52,7 +52,7 @@ def compute_segments(
 
         @pl.when(segment.ends & jnp.logical_not(segment.starts))
         def _():
-            first_share = lax.div(segment.base, schedule.size)
+            first_share = schedule.sharers(segment)[0]
             if saved is not None:
                 parts = share - first_share
                 plgpu.semaphore_wait(saved.at[block_of(share)], parts, memory_scope="gpu")
@@ -61,12 +61,17 @@ def compute_segments(
         @pl.when(jnp.logical_not(segment.ends))
         def _():
             save(refs, block_of(share), part)
-            if saved is not None:
-                last_share = lax.div(segment.base + segment.tiles - 1, schedule.size)
-                plgpu.semaphore_signal(saved.at[block_of(last_share)], memory_scope="gpu")
+
+    def signal(owed: Array) -> None:
+        """Tells the block that merges a row, if there is one, that the part of it is saved."""
+        if saved is not None:
+
+            @pl.when(owed >= 0)
+            def _():
+                plgpu.semaphore_signal(saved.at[owed], memory_scope="gpu")
 
     def compute_segment(carry: tuple[Array, ...], segment: Segment) -> tuple[Array, ...]:
-        tiles, segments, handed = carry
+        tiles, segments, handed, owed = carry
         q_slot = lax.rem(segments, 2)
         plgpu.barrier_wait(refs.q_full.at[q_slot])
         queries = refs.q_shared.at[q_slot]
@@ -74,6 +79,10 @@ def compute_segments(
         if shape.config.computers == 1:
             part = attend(shape, refs, segment, tiles, queries)
             plgpu.barrier_arrive(refs.q_free.at[q_slot])
+            is_last = True
+            # Where the memory is busy, a part takes microseconds to be written: one segment later
+            # the signal need not wait for it.
+            signal(owed)
             finish_segment(segment, part)
         else:
             first = lax.rem(tiles + warpgroup, 2)
@@ -82,6 +91,7 @@ def compute_segments(
             is_last = lax.rem(tiles + count - 1 + warpgroup, 2) == 0
             shared = count > 1
             hand_over(refs, part, shared, is_last, handed)
+            signal(owed)
 
             @pl.when(is_last)
             def _():
@@ -89,9 +99,13 @@ def compute_segments(
                 finish_segment(segment, whole)
 
             handed += shared.astype(jnp.int32)
-        return tiles + count, segments + 1, handed
+        last_share = schedule.sharers(segment)[1]
+        owed = jnp.where(segment.ends | jnp.logical_not(is_last), -1, block_of(last_share))
+        return tiles + count, segments + 1, handed, owed
 
-    schedule.for_each_segment(compute_segment, (jnp.int32(0),) * 3)
+    none = jnp.int32(0)
+    *_, owed = schedule.for_each_segment(compute_segment, (none, none, none, jnp.int32(-1)))
+    signal(owed)
 
 
 def clear_unused(shape: DecodeShape, refs: DecodeRefs, share: Array, head: Array) -> None:

@@ -14,6 +14,8 @@ REDUCED = 256
 """Numbers that the warps of a warpgroup exchange to reduce rows: two a thread."""
 COPY_ROWS = 64
 """Positions of one copy at most. What reaches past a row's end is copied by halves."""
+WHOLE = 128
+"""Positions that are computed sooner than they are saved and merged, so that they stay in a row."""
 
 
 def padded_values(dv: int) -> int:
@@ -107,6 +109,11 @@ class DecodeShape:
     def copy_rows(self) -> int:
         """Positions of one copy, which must lie in one page."""
         return min(self.page, COPY_ROWS)
+
+    @property
+    def whole(self) -> int:
+        """Copies that no border of shares cuts off a row, so that a short window stays whole."""
+        return WHOLE // self.copy_rows if self.limited else 1
 
     @property
     def copies(self) -> int:

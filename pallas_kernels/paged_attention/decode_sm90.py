@@ -231,6 +231,7 @@ def _decode_kernel(shape: DecodeShape, names: tuple[str, ...], *all_refs: Any) -
         lengths=refs.lengths,
         limits=refs.limits,
         lows=refs.lows,
+        whole=shape.whole if refs.lows is None else 1,
         by_lanes=config.inlined,
     )
     saved = None

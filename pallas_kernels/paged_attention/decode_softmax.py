@@ -4,6 +4,7 @@ Arrays are [positions, columns] or [dv, columns], with a column for each query h
 and dv padded to what wgmma takes.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ from pallas_kernels.registers import store_registers
 LOG2_E = math.log2(math.e)
 WIDENED_ROWS = 64
 """Positions of float8 that are converted at a time."""
+CLEARED_ROWS = 64
+"""Positions that are cleared at a time, if any of them is hidden."""
 
 
 class Softmax(NamedTuple):
@@ -123,14 +126,7 @@ def attend(
                 values, segment.low - start, end - start, swizzle=shape.stored_swizzle
             )
         else:
-            partly_hidden = start + kv_block > end
-            if shape.limited:
-                partly_hidden = partly_hidden | (start < segment.low)
-
-            @pl.when(partly_hidden)
-            def _():
-                _clear_hidden(shape, values, segment.low - start, end - start)
-
+            _clear_hidden(shape, values, segment.low - start, end - start)
             transposed = values.transpose((1, 0))
 
         plgpu.commit_smem()
@@ -242,9 +238,18 @@ def _visible(shape: DecodeShape, low: Array, end: Array, tile_shape: tuple[int, 
 
 def _clear_hidden(shape: DecodeShape, values: Any, low: Array, end: Array) -> None:
     """Clears values that the query does not see: a weight of 0 would keep a NaN among them."""
-    visible = _visible(shape, low, end, values.shape)
-    tile = _wgmma(values[...])
-    values[...] = jnp.where(visible, tile, jnp.zeros((), tile.dtype))
+    for start in range(0, values.shape[0], CLEARED_ROWS):
+        rows = pl.ds(start, CLEARED_ROWS)
+        here = values.at[rows]
+        partly_hidden = start + CLEARED_ROWS > end
+        if shape.limited:
+            partly_hidden = partly_hidden | (start < low)
+
+        @pl.when(partly_hidden)
+        def _(here: Any = here, start: int = start):
+            visible = _visible(shape, low - start, end - start, here.shape)
+            tile = _wgmma(here[...])
+            here[...] = jnp.where(visible, tile, jnp.zeros((), tile.dtype))
 
 
 def write(shape: DecodeShape, refs: DecodeRefs, index: Array, done: Softmax) -> None:
@@ -310,9 +315,16 @@ def merge(
     def add_several(index: Array, carry: Softmax) -> Softmax:
         others = [first_share + index * at_once + i for i in range(at_once)]
         parts = [_saved(refs, block_of(jnp.minimum(other, share - 1))) for other in others]
-        for other, saved in zip(others, parts, strict=True):
-            absent = jnp.where(other < share, 0.0, -jnp.inf)
-            carry = _combine(shape, carry, saved._replace(highest=saved.highest + absent))
-        return carry
+        absent = [jnp.where(other < share, 0.0, -jnp.inf) for other in others]
+        highests = [saved.highest + a for saved, a in zip(parts, absent, strict=True)]
+        # All at once, as one after the other each would wait for the one before.
+        highest = functools.reduce(jnp.maximum, highests, carry.highest)
+        keep = jnp.exp2(carry.highest - highest)
+        sums, total = carry.sums * _across(keep, shape.value_rows), carry.total * keep
+        for saved, own in zip(parts, highests, strict=True):
+            grow = jnp.exp2(own - highest)
+            sums += saved.sums * _across(grow, shape.value_rows)
+            total += saved.total * grow
+        return Softmax(sums, highest, total)
 
     return lax.fori_loop(0, pl.cdiv(share - first_share, jnp.int32(at_once)), add_several, part)

@@ -7,11 +7,18 @@ from jax import lax
 from jaxtyping import Array, Int
 
 
-def pack_limits(window: Array | int | None, chunk: Array | int | None) -> Int[Array, "2"] | None:
-    """Returns the window and the chunk, 0 for none, or None where neither is given."""
+def pack_limits(
+    window: Array | int | None, chunk: Array | int | None
+) -> Int[Array, " sizes"] | None:
+    """Returns the window and the chunk, 0 for none, or None where neither is given.
+
+    Without a chunk it is the window alone: kernels then need not divide by a chunk.
+    """
     if window is None and chunk is None:
         return None
-    sizes = [0 if size is None else size for size in (window, chunk)]
+    sizes = [0 if window is None else window]
+    if chunk is not None:
+        sizes.append(chunk)
     return jnp.stack([jnp.asarray(size, jnp.int32).reshape(()) for size in sizes])
 
 
@@ -28,8 +35,8 @@ def unlimited(limits: Any) -> tuple[Array, Array]:
     furthest = jnp.int32(2**30)
     if limits is None:
         return furthest, furthest
-    window, chunk = (jnp.where(limits[i] > 0, limits[i], furthest) for i in range(2))
-    return window, chunk
+    sizes = [jnp.where(limits[i] > 0, limits[i], furthest) for i in range(limits.shape[0])]
+    return sizes[0], sizes[1] if len(sizes) > 1 else furthest
 
 
 def keys_before(

@@ -47,7 +47,7 @@ class Plan(NamedTuple):
 def plan_tiles(
     query_start: Int[Array, "rows_plus_one"],
     lengths: Int[Array, "rows"],
-    limits: Int[Array, "2"] | None,
+    limits: Int[Array, " sizes"] | None,
     *,
     tokens: int,
     tile_tokens: int,

@@ -73,8 +73,20 @@ class Schedule:
     """Tiles of a share, the cost of changes included."""
     begin: Array
     end: Array
-    last: tuple[Array, Array] | None = None
-    """The row of the share's last tile and where that row begins, where known."""
+    last: tuple[Array, ...] | None = None
+    """The row of the share's last tile, where that row begins, its length and that of the row
+    before, where known."""
+    whole: int = 1
+    """Tiles that no border of shares cuts off a row: a border that would cut off fewer moves to
+    where the row begins or ends."""
+
+    def sharers(self, segment: Segment) -> tuple[Array, Array]:
+        """Returns the first and the last share that has tiles of a segment's row."""
+        kept = jnp.minimum(segment.tiles, self.whole)
+        # A border before the first of these tiles has moved to the row's begin, one behind the
+        # last to its end.
+        first, last = kept - 1, jnp.maximum(kept - 1, segment.tiles - self.whole)
+        return lax.div(segment.base + first, self.size), lax.div(segment.base + last, self.size)
 
     def low(self, row: Array, length: Array) -> Array:
         """Returns the first position that the query of a row of `length` positions sees."""
@@ -124,10 +136,12 @@ class Schedule:
         def unfinished(state: tuple[Any, ...]) -> Array:
             return state[0] > self.begin
 
-        row, base = self._last_row()
-        length = self._length(row)
-        position = jnp.minimum(self.end, base + self.tiles(row, length))
-        place = (position, row, base, length, self._length(row - 1))
+        row, base, length, next_length = self._last_row()
+        position = self.end
+        if self.row_cost:
+            # A share may end among the tiles that a change of rows costs.
+            position = jnp.minimum(position, base + self.tiles(row, length))
+        place = (position, row, base, length, next_length)
         return lax.while_loop(unfinished, step, (*place, carry))[-1]
 
     def _segment(self, position: Array, row: Array, base: Array, length: Array) -> Segment:
@@ -139,8 +153,8 @@ class Schedule:
     def _length(self, row: Array) -> Array:
         return self.lengths[jnp.clip(row, 0, self.rows - 1)]
 
-    def _last_row(self) -> tuple[Array, Array]:
-        """Returns the row that holds the share's last tile, and where that row begins."""
+    def _last_row(self) -> tuple[Array, ...]:
+        """Returns what `last` says."""
         if self.last is not None:
             return self.last
 
@@ -159,7 +173,7 @@ class Schedule:
 
         zero = jnp.int32(0)
         _, row, base, _ = lax.while_loop(unfinished, skip, (zero, zero, zero, zero))
-        return row, base
+        return row, base, self._length(row), self._length(row - 1)
 
     def total(self) -> Array:
         """Returns the tiles of all rows, the cost of changes between them included."""
@@ -169,6 +183,27 @@ class Schedule:
 
         total = lax.fori_loop(0, self._chunks(), add, jnp.int32(0))
         return jnp.maximum(total - self.row_cost, 0)
+
+    def move_borders(self, borders: list[Array]) -> list[Array]:
+        """Moves borders of shares to where rows begin or end, where `whole` says so."""
+        furthest = jnp.int32(2**30)
+
+        def find(index: Array, found: tuple[Array, list[Array], list[Array]]) -> Any:
+            seen, begins, ends = found
+            for tiles in self._chunk(index):
+                seen += tiles
+                pairs = list(zip(borders, begins, ends, strict=True))
+                begins = [jnp.where(seen <= at, seen, begin) for at, begin, _ in pairs]
+                ends = [jnp.where(seen <= at, end, jnp.minimum(end, seen)) for at, _, end in pairs]
+            return seen, begins, ends
+
+        zero = jnp.int32(0)
+        start = zero, [zero] * len(borders), [furthest] * len(borders)
+        _, begins, ends = lax.fori_loop(0, self._chunks(), find, start)
+        return [
+            jnp.where(at - begin < self.whole, begin, jnp.where(end - at < self.whole, end, at))
+            for at, begin, end in zip(borders, begins, ends, strict=True)
+        ]
 
     def _chunks(self) -> int:
         return -(-self.rows // self.at_once)
@@ -195,6 +230,7 @@ def plan_share(
     limits: Any,
     lows: Any = None,
     row_cost: int = 0,
+    whole: int = 1,
     by_lanes: bool = False,
 ) -> Schedule:
     """Returns the schedule of one of `shares` shares of at least `min_tiles` tiles.
@@ -213,6 +249,7 @@ def plan_share(
         size=zero,
         begin=zero,
         end=zero,
+        whole=whole,
     )
     if by_lanes and lows is None and rows <= MOST_ROWS:
         size, begin, end, *last = place_share(
@@ -224,11 +261,13 @@ def plan_share(
             shares=shares,
             min_tiles=min_tiles,
             row_cost=row_cost,
+            whole=whole,
         )
         return dataclasses.replace(schedule, size=size, begin=begin, end=end, last=tuple(last))
     total = schedule.total()
     size = jnp.maximum(pl.cdiv(total, jnp.int32(shares)), min_tiles)
     begin = share * size
-    return dataclasses.replace(
-        schedule, size=size, begin=begin, end=jnp.minimum(begin + size, total)
-    )
+    end = jnp.minimum(begin + size, total)
+    if whole > 1:
+        begin, end = schedule.move_borders([begin, end])
+    return dataclasses.replace(schedule, size=size, begin=begin, end=end)

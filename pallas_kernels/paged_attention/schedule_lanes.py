@@ -29,61 +29,99 @@ def place_share(
     shares: int,
     min_tiles: int,
     row_cost: int,
+    whole: int,
 ) -> tuple[Array, ...]:
-    """Returns a share's size, begin and end in tiles, its last row and where that row begins.
+    """Returns a share's size, begin and end in tiles, and of its last row: the number, where it
+    begins, its length and that of the row before. For `row_cost` and `whole` see `Schedule`.
 
     The window and the chunk reach further back than any position where there is none.
     """
     splat = plgpu.Layout.WG_SPLAT
     number = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=splat)
 
-    @plgpu.inline_mgpu(arg_types=(splat, plgpu.RefType(), splat, splat), return_type=(number,) * 5)
+    @plgpu.inline_mgpu(arg_types=(splat, plgpu.RefType(), splat, splat), return_type=(number,) * 7)
     def place(ctx: Any, share: Any, lengths: Any, window: Any, chunk: Any) -> Any:
         del ctx
         limits = [limit.registers.item() for limit in (window, chunk)]
-        counts = [
-            _add_cost(_tiles_of(lengths, first, rows, tile, *limits), row_cost)
-            for first in range(0, rows, LANES)
-        ]
+        firsts = range(0, rows, LANES)
+        lengths = [_length_of(lengths, first, rows) for first in firsts]
+        counts = [_add_cost(_tiles_of(length, tile, *limits), row_cost) for length in lengths]
         total = _reduce("add", functools.reduce(arith.addi, counts))
-        total = arith.maxsi(arith.subi(total, _number(row_cost)), _number(0))
+        if row_cost:
+            total = arith.maxsi(arith.subi(total, _number(row_cost)), _number(0))
         size = arith.divui(arith.addi(total, _number(shares - 1)), _number(shares))
         size = arith.maxsi(size, _number(min_tiles))
         begin = arith.muli(share.registers.item(), size)
         end = arith.minsi(arith.addi(begin, size), total)
-        row, base, seen = _number(0), _number(0), _number(0)
+        untils, seen = [], _number(0)
         for count in counts:
-            until = arith.addi(seen, _scan(count))
+            untils.append(arith.addi(seen, _scan(count)))
+            seen = _shuffle("idx", untils[-1], LANES - 1, 31)
+        if whole > 1:
+            begin, end = (_move_border(border, untils, whole) for border in (begin, end))
+        row, base = _number(0), _number(0)
+        for until in untils:
             before = arith.cmpi(arith.CmpIPredicate.slt, until, end)
             row = arith.addi(row, arith.extui(_i32(), before))
             base = arith.maxsi(base, arith.select(before, until, _number(0)))
-            seen = _shuffle("idx", until, LANES - 1, 31)
         row, base = _reduce("add", row), _reduce("max", base)
-        results = (size, begin, end, row, base)
+        # Read from memory, these would have the block wait for it once more.
+        previous = arith.subi(row, _number(1))
+        known = [_of_row(index, lengths, firsts) for index in (row, previous)]
+        results = (size, begin, end, row, base, *known)
         return tuple(mgpu.FragmentedArray.splat(x, (), is_signed=True) for x in results)
 
     inlined: Any = place
     return inlined(share, lengths, window, chunk)
 
 
-def _tiles_of(lengths: Any, first: int, rows: int, tile: int, window: Any, chunk: Any) -> Any:
-    """Returns the tiles of the lane's row of 32, 0 past the last row."""
+def _move_border(border: Any, untils: list[Any], whole: int) -> Any:
+    """Moves a border of shares to where a row begins or ends, see `whole` of `Schedule`."""
+    base, end = _number(0), _number(2**30)
+    for until in untils:
+        before = arith.cmpi(arith.CmpIPredicate.sle, until, border)
+        base = arith.maxsi(base, arith.select(before, until, _number(0)))
+        end = arith.minsi(end, arith.select(before, _number(2**30), until))
+    base, end = _reduce("max", base), _reduce("min", end)
+    is_begin = arith.cmpi(arith.CmpIPredicate.slt, arith.subi(border, base), _number(whole))
+    is_end = arith.cmpi(arith.CmpIPredicate.slt, arith.subi(end, border), _number(whole))
+    return arith.select(is_begin, base, arith.select(is_end, end, border))
+
+
+def _of_row(index: Any, lengths: list[Any], firsts: range) -> Any:
+    """Returns the length of a row from the lane that has it, 0 where there is no such row."""
+    lane = arith.remui(mgpu.utils.thread_idx(), _number(LANES))
+    found = _number(0)
+    for length, first in zip(lengths, firsts, strict=True):
+        is_here = arith.cmpi(arith.CmpIPredicate.eq, arith.addi(lane, _number(first)), index)
+        found = arith.select(is_here, length, found)
+    return _reduce("add", found)
+
+
+def _length_of(lengths: Any, first: int, rows: int) -> Any:
+    """Returns the length of the lane's row of 32, 0 past the last row."""
     lane = arith.remui(mgpu.utils.thread_idx(), _number(LANES))
     row = arith.addi(lane, _number(first))
     here = arith.minsi(row, _number(rows - 1))
     length = memref.load(lengths, [arith.index_cast(ir.IndexType.get(), here)])
+    exists = arith.cmpi(arith.CmpIPredicate.slt, row, _number(rows))
+    return arith.select(exists, length, _number(0))
+
+
+def _tiles_of(length: Any, tile: int, window: Any, chunk: Any) -> Any:
+    """Returns the tiles that the query of a row of this length sees."""
     position = arith.maxsi(arith.subi(length, _number(1)), _number(0))
     in_chunk = arith.muli(arith.divui(position, chunk), chunk)
     in_window = arith.addi(arith.subi(position, window), _number(1))
     low = arith.maxsi(in_chunk, in_window)
     last = arith.divui(arith.addi(length, _number(tile - 1)), _number(tile))
-    count = arith.subi(last, arith.divui(low, _number(tile)))
-    exists = arith.cmpi(arith.CmpIPredicate.slt, row, _number(rows))
-    return arith.select(exists, count, _number(0))
+    return arith.subi(last, arith.divui(low, _number(tile)))
 
 
 def _add_cost(count: Any, row_cost: int) -> Any:
     """Returns what a row of so many tiles adds to a share that holds all of it."""
+    if not row_cost:
+        return count
     has_tiles = arith.cmpi(arith.CmpIPredicate.sgt, count, _number(0))
     return arith.select(has_tiles, arith.addi(count, _number(row_cost)), _number(0))
 

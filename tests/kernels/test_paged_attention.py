@@ -26,6 +26,7 @@ from pallas_kernels.paged_attention import decode_sm90
 from pallas_kernels.paged_attention.configs import decode_config
 from pallas_kernels.paged_attention.decode_shape import DecodeConfig
 from pallas_kernels.paged_attention.limits import keys_before
+from pallas_kernels.paged_attention.schedule import plan_share
 
 # The package has a function of this name, too.
 paged_attention = importlib.import_module("pallas_kernels.paged_attention")
@@ -164,10 +165,47 @@ def test_the_reference_scales_what_is_in_the_pages(latent):
 
 
 @pytest.mark.parametrize("blocks", [3, 7])
-def test_rows_that_several_blocks_share_are_merged(blocks):
+@pytest.mark.parametrize("options", [{}, {"window": 200}, {"window": 100}], ids=str)
+def test_rows_that_several_blocks_share_are_merged(blocks, options):
     # Without signals between blocks, the detector would rightly report their sums as a race.
     case = decode_case([250, 0, 10, 130])
-    assert_equal_attention(decode(case, blocks=blocks, races=False), expected(case))
+    got = decode(case, blocks=blocks, races=False, **options)
+    assert_equal_attention(got, expected(case, **options))
+
+
+def segments_of_shares(lengths, shares, *, window, whole):
+    """The segments of all shares of tiles of 16, each as its share, row, tiles and sharers."""
+    segments: list[tuple[int, ...]] = []
+    for share in range(shares):
+        schedule = plan_share(
+            jnp.int32(share), shares, rows=len(lengths), tile=16, at_once=4, min_tiles=1,
+            lengths=jnp.asarray(lengths), limits=jnp.asarray([window]), whole=whole,
+        )  # fmt: skip
+
+        def note(found, segment, schedule=schedule):
+            numbers = segment.row, segment.count, *schedule.sharers(segment)
+            return [*found, tuple(int(number) for number in numbers)]
+
+        with jax.disable_jit():
+            segments += [(share, *found) for found in schedule.for_each_segment(note, [])]
+    return segments
+
+
+@pytest.mark.parametrize("whole", [1, 4])
+@pytest.mark.parametrize("window", [33, 1000])
+@pytest.mark.parametrize("shares", [3, 16])
+def test_shares_have_every_tile_once_and_cut_off_no_fewer_than_whole(shares, window, whole):
+    lengths = np.random.default_rng(window).integers(0, 200, 9)
+    tiles = -(-lengths // 16) - np.maximum(lengths - window, 0) // 16
+    segments = segments_of_shares(lengths, shares, window=window, whole=whole)
+    assert len(segments) >= np.count_nonzero(tiles)
+    for row, count in enumerate(tiles):
+        own = [segment for segment in segments if segment[1] == row]
+        assert sum(part for _, _, part, _, _ in own) == count
+        assert all(part >= min(whole, count) for _, _, part, _, _ in own)
+        holders = [share for share, *_ in own]
+        for *_, first, last in own:
+            assert holders == list(range(first, last + 1))
 
 
 def test_pages_below_the_window_are_not_read():
@@ -363,6 +401,7 @@ def test_decode_kernel_finds_its_share_of_many_rows_on_the_gpu(rows, dtype):
     case = decode_case(lengths, heads=16, kv_heads=2, page=32, dtype=dtype)
     arguments = *case[:5], jnp.arange(rows + 1), case[5]
     run = functools.partial(pallas_kernels.paged_attention, implementation="decode_sm90")
-    for options in ({}, dict(window=jnp.int32(70), chunk=jnp.int32(128), soft_cap=3.0)):
+    limited = dict(window=jnp.int32(70), chunk=jnp.int32(128), soft_cap=3.0)
+    for options in ({}, limited, dict(window=jnp.int32(40))):
         kernel = functools.partial(run, scale=0.125, max_query_length=1, **options)
         assert_equal_attention(jax.jit(kernel)(*arguments), expected(case, **options))
