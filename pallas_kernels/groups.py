@@ -1,8 +1,9 @@
 """Where groups of rows stand in an array of rows that are sorted by group.
 
 With an alignment, a power of two, each group begins at a multiple of it. Unused rows lie between
-groups then, and hold anything: `alignment` for each group, be it empty. So where a group begins
-follows from the number of all rows before it, and sorting need not know the sizes of single groups.
+groups then, and hold anything: on average `alignment` for each group, be it empty. So where a group
+begins follows from the number of all rows before it, and sorting need not know the sizes of single
+groups.
 """
 
 from jaxtyping import Array, Int
@@ -21,7 +22,7 @@ def group_begin(
 
 
 def room_for(rows: int, groups: int, alignment: int) -> int:
-    """Rows of an array that holds so many in groups, those of no group after them."""
+    """Rows of an array that holds so many rows in so many groups, and behind them those of none."""
     if alignment == 1:
         return rows
     room = rows + groups * alignment

@@ -24,6 +24,9 @@ from pallas_kernels import (
     route_tokens,
 )
 
+FFN_UNIT = 64
+"""What a rank's features of an expert are a multiple of, unless they are fewer."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DispatchOptions:
@@ -123,10 +126,12 @@ class MoE(nnx.Module):
             itemsize=x.dtype.itemsize,
             max_num_tokens=options.max_num_tokens,
         )
+        rows_a_group = rows_a_slot(load, rules=self.rules)
         compute = _ComputeExperts(
             self.config.activation,
             self.rules,
-            preferred_row_alignment(rows_a_slot(load, rules=self.rules)),
+            rows_a_group,
+            preferred_row_alignment(rows_a_group),
         )
         with jax.named_scope("experts"):
             out = dispatch_experts(
@@ -223,8 +228,15 @@ def num_slots(config: ExpertConfig, rules: Rules) -> int:
 
 
 def padded_ffn(config: ExpertConfig, rules: Rules) -> int:
-    """Features inside an expert, padded to divide over the ranks that hold them."""
-    return config.ffn + -config.ffn % rules.size("expert_ffn")
+    """Features inside an expert, padded to divide over the ranks that hold them.
+
+    A rank of `FFN_UNIT` features or more has a multiple of it, which the kernel of the products
+    needs: gpt-oss's 2880 become 1472 on each of two ranks. What is added is zero on both sides of
+    the activation.
+    """
+    ranks = rules.size("expert_ffn")
+    unit = FFN_UNIT if ranks > 1 and config.ffn >= ranks * FFN_UNIT else 1
+    return config.ffn + -config.ffn % (ranks * unit)
 
 
 def expert_specs(weights: ExpertWeights, rules: Rules) -> ExpertWeights:
@@ -246,6 +258,8 @@ class _ComputeExperts(NamedTuple):
 
     activation: str
     rules: Rules
+    rows_a_group: float
+    """Rows that an expert gets on average."""
     row_alignment: int
     """What the rows of each expert begin at a multiple of."""
 
@@ -259,7 +273,9 @@ class _ComputeExperts(NamedTuple):
     ) -> Float[Array, "rows embed"]:
         """Sums over this rank's part of the experts' features; the caller adds the parts."""
         gate_up, bias = _flatten_parts(weights)
-        multiply = partial(grouped_gemm, row_alignment=self.row_alignment)
+        multiply = partial(
+            grouped_gemm, rows_a_group=self.rows_a_group, row_alignment=self.row_alignment
+        )
         hidden = multiply(rows, gate_up, group_sizes, layer, bias=bias, activation=self.activation)
         out = multiply(hidden, weights.down, group_sizes, layer)
         return self._add_down_bias(out, expert_of_row, weights, layer)

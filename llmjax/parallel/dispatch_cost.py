@@ -14,6 +14,7 @@ from typing import get_args
 from llmjax.parallel.collectives import Axes
 from llmjax.parallel.expert_dispatch import Dispatch, Exchange, ExpertGroup
 from meshes import Rules
+from pallas_kernels import preferred_row_alignment, room_for
 
 LATENCY_BYTES = 2**20
 """A collective takes as long as sending this many bytes, on top of what it sends.
@@ -89,17 +90,20 @@ def buffer_bytes(method: Dispatch, load: ExpertLoad, *, rules: Rules) -> int:
     features = 3 * load.ffn // rules.size("expert_ffn")
     row = 2 * load.result_bytes + features * load.itemsize
     tokens, message, result = load.tokens_a_round, load.message_bytes, load.result_bytes
+    alignment = preferred_row_alignment(rows_a_slot(load, rules=rules))
+    slots = load.num_slots // sizes.experts
     # Rounds cut the tokens out of a copy, and put their results into a whole.
     copies = load.tokens * (message + result) if load.rounds > 1 else 0
     if method != "all_to_all" or sizes.experts == 1:
         seen = tokens * sizes.split
-        return copies + seen * (message + held * row + result)
+        rows = room_for(seen * held, slots, alignment)
+        return copies + seen * (message + result) + rows * row
     gathered = tokens * sizes.split_ffn
     own = -(-gathered // sizes.whole_experts)
     seen = own * sizes.experts
     # Sent and arrived messages, the rows of the experts, results that go and that come back.
-    buffers = gathered * (message + result) + seen * (2 * message + held * row + 2 * result)
-    return copies + buffers
+    rows = room_for(seen * held, slots, alignment)
+    return copies + (gathered + 2 * seen) * (message + result) + rows * row
 
 
 def largest_max_num_tokens(method: Dispatch, load: ExpertLoad, budget: int, *, rules: Rules) -> int:

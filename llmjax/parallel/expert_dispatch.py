@@ -136,7 +136,7 @@ def dispatch_experts(
         )(x, slots, gates, params, layer)
 
 
-class SortedRows(NamedTuple):
+class SortedPairs(NamedTuple):
     """Pairs of a token and one of its slots on this rank, sorted by slot."""
 
     token: Int[Array, "rows"]
@@ -154,7 +154,7 @@ class SortedRows(NamedTuple):
 
 def sort_by_slot(
     local_slots: Int[Array, "tokens top_k"], num_slots: int, row_alignment: int
-) -> SortedRows:
+) -> SortedPairs:
     """Sorts the pairs whose local slot is in [0, num_slots); there is room for the worst case."""
     count, top_k = local_slots.shape
     held = (local_slots >= 0) & (local_slots < num_slots)
@@ -164,7 +164,7 @@ def sort_by_slot(
     order, place, sizes = sort_rows(flat_slots, num_slots, row_alignment=row_alignment)
     # The slots of a token differ, so at most this many are here.
     kept = order[: room_for(count * min(top_k, num_slots), num_slots, row_alignment)]
-    return SortedRows(
+    return SortedPairs(
         token=kept // top_k,
         choice=kept % top_k,
         slot=jnp.minimum(flat[kept], num_slots - 1),
@@ -176,7 +176,7 @@ def sort_by_slot(
 
 def run_rows(
     tokens: Tokens,
-    rows: SortedRows,
+    rows: SortedPairs,
     params: Any,
     layer: Int[Array, ""],
     compute: Compute,

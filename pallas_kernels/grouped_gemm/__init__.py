@@ -59,15 +59,17 @@ def grouped_gemm(
     activation: str | None = None,
     first_group: Int[Array, ""] | int = 0,
     row_alignment: int = 1,
+    rows_a_group: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "rows out"]:
     """Multiplies each group's rows with that group's matrix of one layer, sums in float32.
 
     Group g owns the `group_sizes[g]` rows after those of the groups before it, or those from where
-    `sort_rows` of the same `row_alignment` lets it begin. `rhs` and `bias` hold the groups from
-    `first_group` on: rows of groups that they lack, and rows of no group, come back unspecified,
-    and must be masked, not multiplied by 0. The sizes are read on the device. Quantised operands
-    come in pairs, and give bfloat16.
+    `sort_rows` of the same `row_alignment` lets it begin; then there are as many rows as `room_for`
+    says. `rhs` and `bias` hold the groups from `first_group` on: rows of groups that they lack, and
+    rows of no group, come back unspecified, and must be masked, not multiplied by 0. The sizes are
+    read on the device. Quantised operands come in pairs, and give bfloat16. What a group has on
+    average, `rows_a_group`, decides how the work is cut; without it, all rows are in use.
 
     The `activation`, one of `ACTIVATIONS`, is applied to the float32 sums: the first half of the n
     columns is the gate, the second half what it gates, and n / 2 columns come out.
@@ -77,6 +79,16 @@ def grouped_gemm(
     Naming one raises NotImplementedError for what it does not cover.
     """
     _check_arguments(lhs, rhs, activation, implementation)
+    room = (lhs.values if isinstance(lhs, QuantizedRows) else lhs).shape[0]
+    groups = group_sizes.size
+    _check_alignment(row_alignment)
+    if row_alignment > 1 and room < groups * row_alignment:
+        raise ValueError(
+            f"row_alignment={row_alignment} of {groups} groups takes {groups * row_alignment} rows "
+            f"more than the groups have, got {room} in all; `room_for` says how many are needed"
+        )
+    if rows_a_group is None:
+        rows_a_group = rows_held(room, groups, row_alignment) / groups
     device = backend.get_default_device()
     options = {
         "bias": bias, "activation": activation, "first_group": first_group,
@@ -84,7 +96,7 @@ def grouped_gemm(
     }  # fmt: skip
     if implementation != "reference":
         try:
-            kernel = _hopper_kernel(lhs, rhs, group_sizes, activation, row_alignment, device)
+            kernel = _hopper_kernel(lhs, rhs, groups, activation, rows_a_group, device)
         except NotImplementedError as error:
             if implementation is not None:
                 raise
@@ -123,7 +135,8 @@ def expert_rows(
 
     try:
         few_rows_sm90.check_covered(x, gate_up, down)
-    except NotImplementedError:
+    except NotImplementedError as error:
+        _log_pick("expert_rows", "sorted rows", str(error))
         return None
     _log_pick("expert_rows", "few_rows_sm90", f"on {device.device_kind}")
     return few_rows_sm90.expert_rows(
@@ -182,6 +195,7 @@ def sort_rows(
     Of `implementation` the same is true as in `route_tokens`.
     """
     _check_implementation(implementation)
+    _check_alignment(row_alignment)
 
     def run_kernel():
         from pallas_kernels.grouped_gemm import sort_sm90
@@ -205,7 +219,8 @@ def gather_rows(
 
     try:
         gather_sm90.check_covered(x, index)
-    except NotImplementedError:
+    except NotImplementedError as error:
+        _log_pick("gather_rows", "reference", str(error))
         return _gather_by_xla(x, index)
     return gather_sm90.gather_rows(x, index, num_sms=device.core_count)
 
@@ -219,7 +234,8 @@ def quantize_rows(x: Float[Array, "rows k"]) -> QuantizedRows:
 
     try:
         return quantize_sm90.quantize_rows(x)
-    except NotImplementedError:
+    except NotImplementedError as error:
+        _log_pick("quantize_rows", "reference", str(error))
         return quantize_rows_by_xla(x)
 
 
@@ -256,6 +272,12 @@ def _check_implementation(implementation: str | None) -> None:
         )
 
 
+def _check_alignment(row_alignment: int) -> None:
+    """Raises ValueError for what groups cannot begin at a multiple of."""
+    if row_alignment < 1 or row_alignment & (row_alignment - 1):
+        raise ValueError(f"row_alignment={row_alignment} is no power of two; use 1 or 8")
+
+
 def _check_arguments(lhs, rhs, activation: str | None, implementation: str | None) -> None:
     """Raises ValueError for what no implementation takes."""
     _check_implementation(implementation)
@@ -278,7 +300,7 @@ def _check_arguments(lhs, rhs, activation: str | None, implementation: str | Non
 
 
 def _hopper_kernel(
-    lhs, rhs, group_sizes, activation: str | None, row_alignment: int, device: Any
+    lhs, rhs, groups: int, activation: str | None, rows_a_group: float, device: Any
 ) -> Callable:
     """The kernel for these operands; raises NotImplementedError if there is none."""
     if not _is_hopper(device):
@@ -286,11 +308,10 @@ def _hopper_kernel(
     from pallas_kernels.grouped_gemm import mosaic_sm90, quantized_sm90
 
     quantized = isinstance(rhs, QuantizedMatrices)
-    room, groups = (lhs.values if quantized else lhs).shape[0], group_sizes.shape[0]
     n, k = rhs.values.shape[2:] if quantized else rhs.shape[:1:-1]
     choose = quantized_config_for if quantized else config_for
     config = choose(
-        rows=rows_held(room, groups, row_alignment), groups=groups, k=k, n=n,
+        rows=max(1, round(rows_a_group * groups)), groups=groups, k=k, n=n,
         num_sms=device.core_count, gated=activation is not None,
     )  # fmt: skip
     if quantized:

@@ -170,6 +170,8 @@ def _kernel(
                 _store(hidden_ref.at[row, columns], hidden)
                 plgpu.barrier_arrive(up_taken)
                 if ready is not None:
+                    # One thread signals, for what all have stored.
+                    plgpu.commit_smem()
                     plgpu.semaphore_signal(ready.at[row], memory_scope="gpu")
 
             return step + x_ref.shape[1] // DEPTH
@@ -268,6 +270,8 @@ def _stage_row(row_ref, row_smem) -> None:
     size = row_ref.shape[0]
     vector = next(width for width in (8, 4, 2, 1) if size % (128 * width) == 0)
     layout = plgpu.Layout.WG_STRIDED((size,), vec_size=vector)
+    # Another warp may still read the row before.
+    plgpu.commit_smem()
     row_smem[pl.ds(0, size)] = plgpu.load(row_ref, layout=layout, optimized=False)
     plgpu.commit_smem()
 

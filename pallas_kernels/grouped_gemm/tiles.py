@@ -62,7 +62,7 @@ class Tile:
     begin: Array
     """First row that belongs to the group and to the tile."""
     end: Array
-    """One past the last such row."""
+    """One past the last such row, or past its block where no two groups share one."""
     column: Array
     """First column of what comes out."""
 
@@ -83,7 +83,7 @@ def for_each_tile(
     first, last = first_ref[0], sizes_ref.shape[0] - 1
 
     def cut(group, rows_before, size):
-        """A group's first row and one past its last, its blocks, and the tiles that these take."""
+        """A group's `begin` and `end` as in `Tile`, its blocks, and the tiles that these take."""
         start = group_begin(rows_before, first + group, row_alignment)
         end = start + size
         blocks = lax.div(end + BLOCK - 1, BLOCK) - lax.div(start, BLOCK)

@@ -139,7 +139,10 @@ def _check(shape: DecodeShape, q: Array, k_pages: Array, v_pages: Array) -> None
             shape.kv_heads > config.blocks
         ),
         f"a pool of {pool} positions in all layers; it takes fewer than 2^31": pool >= 2**31,
-        f"{config.stages} stages; it needs 2 to load ahead": config.stages < 2,
+        f"{shape.group} query heads a KV head of {shape.d} and {shape.dv} features: "
+        f"{config.stages} tiles of keys and values fit beside them, and it needs 2 to load ahead": (
+            config.stages < 2
+        ),
         f"{config.stages} stages for {config.computers} warpgroups; it takes multiples": (
             config.stages % config.computers != 0
         ),

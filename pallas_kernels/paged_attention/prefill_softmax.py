@@ -24,6 +24,7 @@ from pallas_kernels.paged_attention.prefill_shape import (
 )
 from pallas_kernels.paged_attention.prefill_store import store_log_sum_exp, store_out
 from pallas_kernels.paged_attention.prefill_walk import Item, for_each_item
+from pallas_kernels.paged_attention.rows import along, in_rows
 
 LOG2_E = math.log2(math.e)
 HIDDEN = -(2.0**100)
@@ -77,10 +78,10 @@ class _Computer:
         inverse = jnp.where(done.total > 0, 1.0 / done.total, 0.0)
         if self.refs.scales is not None:
             inverse *= self.refs.scales[1]
-        out = _wgmma(done.sums * _along(inverse, shape.dv))
+        out = in_rows(done.sums * along(inverse, shape.dv))
         store_out(shape, self.refs, item, token, head, self.warpgroup, out)
         lse = (done.highest + jnp.log2(done.total)) * (1 / LOG2_E)
-        lse = _wgmma(lse + jnp.where(empty, -jnp.inf, 0.0))
+        lse = in_rows(lse + jnp.where(empty, -jnp.inf, 0.0))
         store_log_sum_exp(self.refs, item.tile, token, head, lse)
 
     def _attend(self, item: Item, position: Array) -> Softmax:
@@ -88,9 +89,9 @@ class _Computer:
         shape, kv_block, count = self.shape, self.shape.config.kv_block, item.tile.kv_tiles
         queries = WARPGROUP_ROWS
         start = Softmax(
-            _wgmma(jnp.zeros((queries, shape.dv), jnp.float32)),
-            _wgmma(jnp.full((queries,), -jnp.inf, jnp.float32)),
-            _wgmma(jnp.zeros((queries,), jnp.float32)),
+            in_rows(jnp.zeros((queries, shape.dv), jnp.float32)),
+            in_rows(jnp.full((queries,), -jnp.inf, jnp.float32)),
+            in_rows(jnp.zeros((queries,), jnp.float32)),
         )
 
         place = item.place(shape)
@@ -148,7 +149,7 @@ class _Computer:
             keys = refs.k_shared.at[slot].transpose((1, 0))
             plgpu.wgmma(product, refs.q_shared.at[item.place(self.shape), self.warpgroup], keys)
             self._end_turn()
-            return _wgmma(product[...])
+            return in_rows(product[...])
 
         tile = (WARPGROUP_ROWS, self.shape.config.kv_block)
         product = pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(tile, jnp.float32))
@@ -180,12 +181,12 @@ class _Computer:
         self, before: Softmax, scores: Array, factor: Array | float
     ) -> tuple[Softmax, Array]:
         """Returns the softmax without the values of a tile, and the weights of these."""
-        highest = _wgmma(jnp.maximum(before.highest, scores.max(axis=1) * factor))
+        highest = in_rows(jnp.maximum(before.highest, scores.max(axis=1) * factor))
         keep = jnp.exp2(before.highest - highest)
-        weights = _wgmma(jnp.exp2(scores * factor - _along(highest, scores.shape[1])))
-        total = _wgmma(before.total * keep + weights.sum(axis=1))
-        sums = _wgmma(before.sums * _along(keep, self.shape.dv))
-        weights = _wgmma(weights.astype(self.refs.v_shared.dtype))
+        weights = in_rows(jnp.exp2(scores * factor - along(highest, scores.shape[1])))
+        total = in_rows(before.total * keep + weights.sum(axis=1))
+        sums = in_rows(before.sums * along(keep, self.shape.dv))
+        weights = in_rows(weights.astype(self.refs.v_shared.dtype))
         # What the other warpgroup's turn can hide is done before this one's begins.
         sums, highest, total, weights = lax.optimization_barrier((sums, highest, total, weights))
         return Softmax(sums, highest, total), weights
@@ -215,7 +216,7 @@ class _Computer:
             accumulator = plgpu.WGMMAAccumulatorRef(tile, jnp.float32)
             added = sums + pl.run_scoped(multiply_in_shared_memory, accumulator)
         plgpu.barrier_arrive(refs.v_free.at[slot])
-        return _wgmma(added)
+        return in_rows(added)
 
     def _end_turn(self) -> None:
         plgpu.barrier_arrive(self.refs.turn.at[WARPGROUPS - 1 - self.warpgroup])
@@ -247,23 +248,12 @@ class _Computer:
             row = plgpu.Layout.WGMMA.reduce(1)
             query = plgpu.broadcasted_iota(jnp.int32, (WARPGROUP_ROWS,), 0, layout=row)
             low = first_visible(query + position, self.refs.limits) - start
-            visible = visible & (key >= _along(low, tile[1]))
+            visible = visible & (key >= along(low, tile[1]))
         return visible
 
     def _add_sink(self, done: Softmax, sink: Array) -> Softmax:
         """Adds a position without a value, with the score `sink`."""
         highest = jnp.maximum(done.highest, sink * LOG2_E)
         keep = jnp.exp2(done.highest - highest)
-        sums = _wgmma(done.sums * _along(keep, self.shape.dv))
+        sums = in_rows(done.sums * along(keep, self.shape.dv))
         return Softmax(sums, highest, done.total * keep + jnp.exp2(sink * LOG2_E - highest))
-
-
-def _along(vector: Array, columns: int) -> Array:
-    """Repeats a value of each query, [queries], as [queries, columns]."""
-    return _wgmma(lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0]))
-
-
-def _wgmma(value: Array) -> Array:
-    """States the register layout, which is otherwise searched for, at length."""
-    layout = plgpu.Layout.WGMMA if value.ndim == 2 else plgpu.Layout.WGMMA.reduce(1)
-    return plgpu.layout_cast(value, layout)

@@ -235,8 +235,11 @@ def plan_share(
 ) -> Schedule:
     """Returns the schedule of one of `shares` shares of at least `min_tiles` tiles.
 
-    Lanes may work it out for not too many rows, of which the interpreter knows nothing.
+    Lanes may work it out for not too many rows, of which the interpreter knows nothing. Raises
+    ValueError for a `row_cost` and borders that move: they count where a row ends differently.
     """
+    if row_cost and whole > 1:
+        raise ValueError(f"shares with row_cost={row_cost} have whole=1, got {whole}")
     zero = jnp.int32(0)
     schedule = Schedule(
         rows=rows,

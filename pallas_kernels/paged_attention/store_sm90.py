@@ -4,6 +4,7 @@ A scatter of XLA moves an element a thread, at a tenth of the rate of the memory
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.paged_attention.tiles import COPY_ALIGNMENT
 
 SHARED_BYTES = 128 * 1024
-"""Shared memory of a block for rows."""
+"""Shared memory of a block for rows, unless it takes more for one of each array."""
+MOST_SHARED_BYTES = 224 * 1024
 MOST_AT_ONCE = 16
 """Tokens that are copied at once, at most."""
 STAGES = 2
@@ -38,6 +40,8 @@ def store_rows(
     """
     _check(pools)
     tokens = len(slots)
+    if tokens == 0:
+        return tuple(pools)
     rows = tuple(row.astype(pool.dtype) for row, pool in zip(rows, pools, strict=True))
     row_bytes = sum(row.nbytes for row in rows) // tokens
     at_once = min(MOST_AT_ONCE, SHARED_BYTES // (STAGES * row_bytes), -(-tokens // num_sms))
@@ -71,6 +75,11 @@ def _check(pools: Sequence[Array]) -> None:
                 f"rows of {kv_heads} x {features} in {pool.dtype}; it takes multiples of "
                 f"{COPY_ALIGNMENT} bytes, up to 256 x 256"
             )
+    needed = STAGES * sum(math.prod(p.shape[3:]) * p.dtype.itemsize for p in pools)
+    if needed > MOST_SHARED_BYTES:
+        raise NotImplementedError(
+            f"rows that need {needed} bytes of shared memory; it has {MOST_SHARED_BYTES}"
+        )
 
 
 def _store_kernel(

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from llmjax import SamplingParams
+from llmjax.layers import moe
 from meshes import ParallelPlan
 
 ONE_DEVICE = ParallelPlan()
@@ -74,3 +75,18 @@ def test_a_crowded_engine_gives_the_tokens_of_one_device(family, plan, dispatch,
     assert engine.stats.chunked_prefills > 20
     assert sum(rank.prefix_hit_tokens for rank in blocks) > 100
     assert [rank.num_available for rank in blocks] == [16] * len(blocks), "pages are lost"
+
+
+def test_aligned_experts_give_the_tokens_of_experts_side_by_side(llm_on, monkeypatch):
+    calm = llm_on("qwen3_moe_odd", ONE_DEVICE, enable_block_reuse=False)
+    expected = [each.outputs[0].token_ids for each in calm.generate(PROMPTS[:8], PARAMS[:8])]
+
+    def align(rows_a_group: float) -> int:
+        del rows_a_group
+        return 8
+
+    # Only a Hopper prefers it, and only for many rows.
+    monkeypatch.setattr(moe, "preferred_row_alignment", align)
+    aligned = llm_on("qwen3_moe_odd", ParallelPlan(ep=2, tp=2), **TIGHT, moe_dispatch="allgather")
+    found = [each.outputs[0].token_ids for each in aligned.generate(PROMPTS[:8], PARAMS[:8])]
+    assert found == expected

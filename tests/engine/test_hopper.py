@@ -105,9 +105,10 @@ def build(folder, family):
         dtype="bfloat16",
         max_seq_len=256,
         max_batch_size=2,
-        max_num_tokens=256,
+        max_num_tokens=512,
         batch_buckets=(2,),
-        token_buckets=(256,),
+        # So many that an expert of Qwen3's has 64 rows, from where on they are aligned.
+        token_buckets=(512,),
         kv_cache_max_tokens=1024,
     )
 

@@ -79,8 +79,9 @@ def test_rows_that_several_blocks_share_are_merged(blocks):
     assert_equal_attention(decode(case, blocks=blocks, races=False), expected(case))
 
 
-PREFILL = ([50, 17, 0, 3, 40], [20, 17, 0, 1, 2])
-"""Lengths of rows and, of these, queries: a cached prefix, a new prompt, nothing, a decode, two."""
+PREFILL = ([50, 17, 0, 3, 40, 0], [20, 17, 0, 1, 2, 3])
+"""Lengths of rows and, of these, queries: a cached prefix, a new prompt, nothing, a decode, two,
+and queries without positions."""
 
 
 def prefill_case(lengths: list[int], queries: list[int], **sizes: Any) -> Any:

@@ -128,12 +128,14 @@ def test_blocks_share_the_items_of_a_batch():
     assert_equal_attention(prefill(case, config=config), expected(case))
 
 
-def test_pages_below_the_window_of_all_queries_are_not_read():
-    case = prefill_case([(140, 10)])
-    # The first query stands at 140 and sees from 121 on, in the eighth page.
-    table = case[4].at[0, :7].set(NO_PAGE)
-    got = prefill((*case[:4], table, *case[5:]), window=jnp.int32(20))
-    assert_equal_attention(got, expected(case, window=20))
+def test_a_tile_begins_at_the_page_that_the_window_of_its_first_query_begins_in():
+    # Queries from 140 on see from 121 on, in the eighth page; those from 204 on from 185.
+    plan = plan_tiles(
+        jnp.asarray([0, 70]), jnp.asarray([210]), jnp.asarray([20]),
+        tokens=70, tile_tokens=64, kv_block=128, kv_alignment=16,
+    )  # fmt: skip
+    tiles = [Tile(*fields) for fields in np.asarray(plan.tiles)[: int(plan.count[0])]]
+    assert {int(tile.token): int(tile.kv_begin) for tile in tiles} == {0: 112, 64: 176}
 
 
 def test_a_row_without_positions_gives_zeros():
@@ -240,7 +242,7 @@ def test_a_machine_without_a_hopper_gpu_runs_the_reference():
     ],
 )
 def test_prefill_kernel_agrees_with_float32_on_the_gpu(heads, kv_heads, d, dv, page):
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(heads * d + page)
     rows = [(int(cached), int(count)) for cached, count in rng.integers(1, 500, (4, 2))]
     rows += [(0, 1), (page - 2, 1), (page - 1, 1), (page, 1)]
     rows += [(page, page), (0, page + 1), (3 * page - 1, 1), (1000, 300)]

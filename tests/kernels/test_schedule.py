@@ -20,9 +20,8 @@ def deal(lengths: list[int], *, shares: int, row_cost: int) -> list[np.ndarray]:
 
         def note(carry: tuple, segment: Segment) -> tuple:
             count, notes = carry
-            first = segment.base // schedule.size
-            last = (segment.base + segment.tiles - 1) // schedule.size
-            what = jnp.stack([segment.row, segment.first, segment.count, first, last])
+            sharers = schedule.sharers(segment)
+            what = jnp.stack([segment.row, segment.first, segment.count, *sharers])
             return count + 1, notes.at[count].set(what)
 
         start = (jnp.int32(0), jnp.zeros((len(lengths), 5), jnp.int32))
@@ -47,6 +46,28 @@ def test_shares_hold_every_tile_once_whatever_a_change_of_rows_costs(shares, row
             said[row] |= set(range(first, last + 1))
     assert all((tiles == 1).all() for tiles in held)
     assert holders == said
+
+
+@pytest.mark.parametrize("length, begin", [(150, 128), (148, 128), (147, 64), (20, 0)])
+def test_a_segment_begins_at_the_tile_that_the_window_begins_in(length, begin):
+    schedule = plan_share(
+        jnp.int32(0), 1, rows=1, tile=TILE, at_once=1, min_tiles=1,
+        lengths=jnp.asarray([length]), limits=jnp.asarray([20]),
+    )  # fmt: skip
+
+    def note(noted: jax.Array, segment: Segment) -> jax.Array:
+        return noted.at[:].set(jnp.stack([segment.begin(TILE), segment.end(TILE)]))
+
+    noted = schedule.for_each_segment(note, jnp.zeros(2, jnp.int32))
+    assert noted.tolist() == [begin, length]
+
+
+def test_moving_borders_do_not_go_with_a_cost_of_rows():
+    with pytest.raises(ValueError, match="row_cost=2 have whole=1, got 4"):
+        plan_share(
+            jnp.int32(0), 1, rows=1, tile=TILE, at_once=1, min_tiles=1,
+            lengths=jnp.asarray([9]), limits=None, row_cost=2, whole=4,
+        )  # fmt: skip
 
 
 def test_shares_of_short_rows_hold_fewer_tiles():

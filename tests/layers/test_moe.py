@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llmjax.config import ExpertConfig
-from llmjax.layers.moe import choose_experts, num_slots
+from llmjax.layers.moe import choose_experts, num_slots, padded_ffn
 from meshes import ParallelPlan, Rules
 
 MIXTRAL = ExpertConfig(num_experts=8, top_k=2, ffn=1, normalize=True)
@@ -111,3 +111,15 @@ def test_scores_that_are_all_zero_give_gates_of_zero():
 def test_experts_that_do_not_divide_get_empty_slots(ep, slots):
     config = ExpertConfig(num_experts=6, top_k=1, ffn=1)
     assert num_slots(config, Rules(ParallelPlan(ep=ep))) == slots
+
+
+@pytest.mark.parametrize(
+    ("ffn", "tp", "padded"),
+    [
+        (2880, 1, 2880), (2880, 2, 2944), (2880, 8, 3072), (768, 4, 768), (768, 8, 1024),
+        (1408, 8, 1536), (96, 2, 96), (97, 2, 98),
+    ],
+)  # fmt: skip
+def test_a_rank_has_whole_units_of_features_unless_it_has_less_than_one(ffn, tp, padded):
+    config = ExpertConfig(num_experts=6, top_k=1, ffn=ffn)
+    assert padded_ffn(config, Rules(ParallelPlan(tp=tp))) == padded
