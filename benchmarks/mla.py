@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks import timing
 from benchmarks.pages import (
-    DecodeShape,
+    DecodeStep,
     decode_error,
     exact_attention,
     num_places,
@@ -43,7 +43,7 @@ POOL_POSITIONS = 2**21
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape(DecodeShape):
+class Shape(DecodeStep):
     """One step of one layer."""
 
     heads: int = 128

@@ -26,7 +26,7 @@ class Cost(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeShape:
+class DecodeStep:
     """One decode step of one layer."""
 
     rows: int

@@ -202,9 +202,8 @@ def _measure_program(shape: Shape, name: str, program, limits: dict[str, float])
     with timing.noting_failure(row):
         if isinstance(program, Exception):
             raise program
-        make = _paged_case if name.startswith("llmjax") else _padded_case
         dtype = jnp.float16 if name.startswith("JAX") else jnp.bfloat16
-        case = make(shape, dtype)
+        case = _paged_case(shape) if name.startswith("llmjax") else _padded_case(shape, dtype)
         row["error"] = _error(shape, program, case)
         us = timing.rotating_microseconds(program, [case], repeats=10)
         row |= rates(shape, us, limits)
@@ -215,7 +214,7 @@ def _random(shape: tuple[int, ...], dtype=jnp.bfloat16) -> jax.Array:
     return jax.random.normal(jax.random.key(time.time_ns() % 2**31), shape, dtype)
 
 
-def _paged_case(shape: Shape, dtype) -> tuple:
+def _paged_case(shape: Shape) -> tuple:
     q, pages, _, table, *_ = shape.arguments()
     table = random_table(np.random.default_rng(), pages.shape[1], *table.shape)
     start = np.concatenate([[0], np.cumsum(shape.queries)])

@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_gemm.mosaic_sm90 import LOAD_REGISTERS, drain, multiply_registers
+from pallas_kernels.grouped_gemm.pipeline_sm90 import LOAD_REGISTERS, drain, multiply_registers
 from pallas_kernels.grouped_gemm.quantize import SCALE_BLOCK, QuantizedMatrices, QuantizedRows
 from pallas_kernels.grouped_gemm.quantized_products import (
     UNIT,

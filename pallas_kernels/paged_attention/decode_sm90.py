@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.paged_attention.decode_load import load_tiles
-from pallas_kernels.paged_attention.decode_segments import clear_unused, compute_segments
+from pallas_kernels.paged_attention.decode_segments import SegmentComputer, clear_unused
 from pallas_kernels.paged_attention.decode_shape import (
     REDUCED,
     DecodeConfig,
@@ -259,5 +259,14 @@ def _decode_kernel(shape: DecodeShape, names: tuple[str, ...], *all_refs: Any) -
         def _():
             clear_unused(shape, own, share, head)
 
-        compute_segments(shape, own, schedule, warpgroup, share, head, saved)
+        computer = SegmentComputer(
+            shape=shape,
+            refs=own,
+            schedule=schedule,
+            warpgroup=warpgroup,
+            share=share,
+            head=head,
+            saved=saved,
+        )
+        computer.compute_all()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)

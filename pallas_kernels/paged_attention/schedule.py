@@ -58,7 +58,8 @@ class Schedule:
 
     rows: int
     tile: int
-    """Positions of a tile: of what shares are made of."""
+    """Positions of a tile: of what shares are made of. In decode that is a copy of a page or a part
+    of one, several of which fill what is computed at a time."""
     at_once: int
     """Lengths that are read at once, so that their latencies overlap."""
     lengths: Any

@@ -1,4 +1,4 @@
-"""The shares of a schedule, worked out by the lanes of each warp: a row a lane, for few rows.
+"""The shares of a schedule, worked out by the lanes of each warp: up to 16 rows a lane.
 
 Where one thread adds up the lengths of 256 rows, every block of a kernel starts some 4 us late.
 """
