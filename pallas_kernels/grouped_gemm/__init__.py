@@ -1,7 +1,6 @@
 """Grouped matrix products: each group of rows times its own matrix (the experts of a layer)."""
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ from pallas_kernels.grouped_gemm.route import Router, route_tokens_by_xla
 from pallas_kernels.grouped_gemm.sort import SortedRows, sort_rows_by_xla
 from pallas_kernels.grouped_gemm.tiles import BLOCK
 from pallas_kernels.groups import room_for, rows_held
+from pallas_kernels.picks import is_hopper, log_fallback, log_pick
 
 __all__ = [
     "QuantizedMatrices",
@@ -100,9 +100,9 @@ def grouped_gemm(
         except NotImplementedError as error:
             if implementation is not None:
                 raise
-            _log_pick("grouped_gemm", "reference", str(error))
+            log_fallback("grouped_gemm", device, str(error))
         else:
-            _log_pick("grouped_gemm", "mosaic_sm90", f"on {device.device_kind}")
+            log_pick("grouped_gemm", "mosaic_sm90", device)
             return kernel(lhs, rhs, group_sizes, layer, **options)
     if isinstance(lhs, QuantizedRows) and isinstance(rhs, QuantizedMatrices):
         return reference.quantized_grouped_gemm(*lhs, *rhs, group_sizes, layer, **options)
@@ -129,16 +129,16 @@ def expert_rows(
     few experts, for shapes that the kernel does not cover, and off a Hopper GPU.
     """
     device = backend.get_default_device()
-    if not go_unsorted(*experts.shape, experts=gate_up.shape[1]) or not _is_hopper(device):
+    if not go_unsorted(*experts.shape, experts=gate_up.shape[1]) or not is_hopper(device):
         return None
     from pallas_kernels.grouped_gemm import few_rows_sm90
 
     try:
         few_rows_sm90.check_covered(x, gate_up, down)
-    except NotImplementedError as error:
-        _log_pick("expert_rows", "sorted rows", str(error))
+    except NotImplementedError:
+        # Not slow: `grouped_gemm` says what runs instead.
         return None
-    _log_pick("expert_rows", "few_rows_sm90", f"on {device.device_kind}")
+    log_pick("expert_rows", "few_rows_sm90", device)
     return few_rows_sm90.expert_rows(
         x, experts, gate_up, down, layer,
         gate_up_bias=gate_up_bias, activation=activation, num_sms=device.core_count,
@@ -176,7 +176,7 @@ def route_tokens(
 
 def preferred_row_alignment(rows_a_group: float) -> int:
     """The `row_alignment` of `sort_rows` and `grouped_gemm` that is fastest here."""
-    is_better = rows_a_group >= MIN_ALIGNED_ROWS and _is_hopper(backend.get_default_device())
+    is_better = rows_a_group >= MIN_ALIGNED_ROWS and is_hopper(backend.get_default_device())
     return BLOCK if is_better else 1
 
 
@@ -213,14 +213,14 @@ def gather_rows(
 ) -> Float[Array, "rows embed"]:
     """x[index], for an index whose every entry is in [0, tokens)."""
     device = backend.get_default_device()
-    if not _is_hopper(device) or index.size < MIN_COPIED_ROWS:
+    if not is_hopper(device) or index.size < MIN_COPIED_ROWS:
         return _gather_by_xla(x, index)
     from pallas_kernels.grouped_gemm import gather_sm90
 
     try:
         gather_sm90.check_covered(x, index)
     except NotImplementedError as error:
-        _log_pick("gather_rows", "reference", str(error))
+        log_fallback("gather_rows", device, str(error))
         return _gather_by_xla(x, index)
     return gather_sm90.gather_rows(x, index, num_sms=device.core_count)
 
@@ -228,14 +228,15 @@ def gather_rows(
 def quantize_rows(x: Float[Array, "rows k"]) -> QuantizedRows:
     """Rounds rows to float8, with scales; k is a multiple of `SCALE_BLOCK`."""
     check_divides("k", x.shape[1])
-    if not _is_hopper(backend.get_default_device()):
+    device = backend.get_default_device()
+    if not is_hopper(device):
         return quantize_rows_by_xla(x)
     from pallas_kernels.grouped_gemm import quantize_sm90
 
     try:
         return quantize_sm90.quantize_rows(x)
     except NotImplementedError as error:
-        _log_pick("quantize_rows", "reference", str(error))
+        log_fallback("quantize_rows", device, str(error))
         return quantize_rows_by_xla(x)
 
 
@@ -247,15 +248,15 @@ def _try_kernel(
         return None
     device = backend.get_default_device()
     try:
-        if implementation is None and not _is_hopper(device):
+        if implementation is None and not is_hopper(device):
             raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
         result = run_kernel()
     except NotImplementedError as error:
         if implementation is not None:
             raise
-        _log_pick(operation, "reference", str(error))
+        log_fallback(operation, device, str(error))
         return None
-    _log_pick(operation, name, f"on {device.device_kind}")
+    log_pick(operation, name, device)
     return result
 
 
@@ -303,7 +304,7 @@ def _hopper_kernel(
     lhs, rhs, groups: int, activation: str | None, rows_a_group: float, device: Any
 ) -> Callable:
     """The kernel for these operands; raises NotImplementedError if there is none."""
-    if not _is_hopper(device):
+    if not is_hopper(device):
         raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
     from pallas_kernels.grouped_gemm import mosaic_sm90, quantized_sm90
 
@@ -320,12 +321,3 @@ def _hopper_kernel(
         mosaic_sm90.check_covered(lhs, rhs, config, activation)
     kernel = quantized_sm90 if quantized else mosaic_sm90
     return functools.partial(kernel.grouped_gemm, config=config, num_sms=device.core_count)
-
-
-def _is_hopper(device: Any) -> bool:
-    return device.platform == "gpu" and device.compute_capability.startswith("9.")
-
-
-@functools.cache
-def _log_pick(operation: str, implementation: str, reason: str) -> None:
-    logging.getLogger(__name__).info("%s runs as %s: %s", operation, implementation, reason)

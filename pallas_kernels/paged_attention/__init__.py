@@ -1,7 +1,6 @@
 """Attention of ragged queries over a paged cache."""
 
 import functools
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from pallas_kernels import reference
 from pallas_kernels.paged_attention.configs import decode_config, mla_config, prefill_config
 from pallas_kernels.paged_attention.limits import first_visible, keys_before, pack_limits
 from pallas_kernels.paged_attention.single_rows import split_rows
+from pallas_kernels.picks import is_hopper, log_fallback, log_pick
 
 __all__ = ["paged_attention", "store_rows"]
 
@@ -87,8 +87,9 @@ def paged_attention(
         one_each = max_query_length == 1 and q.shape[0] == lengths.shape[0]
         latent = "" if v_pages is not None else "mla_"
         name = implementation or latent + ("decode_sm90" if one_each else "prefill_sm90")
+        device = backend.get_default_device()
         try:
-            device = _hopper_device()
+            _check_hopper(device)
             dealt = last_position is not None or page_stride > 1
             if dealt and not one_each:
                 raise NotImplementedError("takes all pages of a sequence")
@@ -114,9 +115,9 @@ def paged_attention(
         except NotImplementedError as error:
             if implementation is not None:
                 raise
-            _log_pick("paged_attention", "reference", str(error))
+            log_fallback("paged_attention", device, str(error))
         else:
-            _log_pick("paged_attention", name, f"on {device.device_kind}")
+            log_pick("paged_attention", name, device)
             return attended
     return reference.paged_attention(
         *operands,
@@ -140,27 +141,26 @@ def store_rows(
     Slots differ, but for -1. Donated pools are written in place, by the Hopper kernel where
     it can run.
     """
+    device = backend.get_default_device()
     try:
-        device = _hopper_device()
+        _check_hopper(device)
         from pallas_kernels.paged_attention import store_sm90
 
         stored = store_sm90.store_rows(pools, layer, rows, slots, num_sms=device.core_count)
     except NotImplementedError as error:
-        _log_pick("store_rows", "reference", str(error))
+        log_fallback("store_rows", device, str(error), is_slow=False)
         return tuple(
             reference.store_rows(pool, layer, row, slots)
             for pool, row in zip(pools, rows, strict=True)
         )
-    _log_pick("store_rows", "store_sm90", f"on {device.device_kind}")
+    log_pick("store_rows", "store_sm90", device)
     return stored
 
 
-def _hopper_device() -> Any:
-    """Returns the device that programs run on. Raises NotImplementedError for any other kind."""
-    device = backend.get_default_device()
-    if device.platform != "gpu" or not device.compute_capability.startswith("9."):
+def _check_hopper(device: Any) -> None:
+    """Raises NotImplementedError for devices that the kernels do not run on."""
+    if not is_hopper(device):
         raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
-    return device
 
 
 def _restrict(
@@ -260,8 +260,3 @@ def _without(unknown: tuple[str, ...], options: dict[str, Any]) -> dict[str, Any
         if options.get(name) is not None:
             raise NotImplementedError(f"takes no {name}")
     return {name: option for name, option in options.items() if name not in unknown}
-
-
-@functools.cache
-def _log_pick(operation: str, implementation: str, reason: str) -> None:
-    logging.getLogger(__name__).info("%s runs as %s: %s", operation, implementation, reason)

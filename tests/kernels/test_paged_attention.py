@@ -208,6 +208,11 @@ def test_shares_have_every_tile_once_and_cut_off_no_fewer_than_whole(shares, win
             assert holders == list(range(first, last + 1))
 
 
+SMALL_HOPPER = SimpleNamespace(
+    platform="gpu", compute_capability="9.0", core_count=1, device_kind="interpreter"
+)
+
+
 @pytest.mark.parametrize("limits", [{}, {"window": 40}, {"chunk": 48}], ids=str)
 @pytest.mark.parametrize("rank", [0, 2])
 def test_decode_kernel_reads_the_pages_that_a_rank_of_three_holds(limits, rank, monkeypatch):
@@ -224,8 +229,7 @@ def test_decode_kernel_reads_the_pages_that_a_rank_of_three_holds(limits, rank, 
         decode_sm90.paged_decode,
         interpret=plgpu.InterpretGPUParams(out_of_bounds_reads="uninitialized"),
     )
-    device = SimpleNamespace(core_count=1, device_kind="interpreter")
-    monkeypatch.setattr(paged_attention, "_hopper_device", lambda: device)
+    monkeypatch.setattr(paged_attention.backend, "get_default_device", lambda: SMALL_HOPPER)
     monkeypatch.setattr(paged_attention, "decode_config", lambda **_: config)
     monkeypatch.setattr(paged_attention.decode_sm90, "paged_decode", kernel)
     q, k_pages, v_pages, layer, table, lengths = case
@@ -233,12 +237,11 @@ def test_decode_kernel_reads_the_pages_that_a_rank_of_three_holds(limits, rank, 
     assert_equal_attention(got, want)
 
 
-def test_what_the_kernel_does_not_cover_runs_the_reference_on_a_rank_too(monkeypatch):
+def test_what_the_kernel_does_not_cover_runs_the_reference_on_a_rank_too(monkeypatch, caplog):
     length = jnp.asarray([150, 30])
     here = keys_before(length, page=PAGE, page_stride=2, first_page=1)
     case = decode_case([int(count) for count in here], d=72, dv=72)
-    device = SimpleNamespace(core_count=1, device_kind="interpreter")
-    monkeypatch.setattr(paged_attention, "_hopper_device", lambda: device)
+    monkeypatch.setattr(paged_attention.backend, "get_default_device", lambda: SMALL_HOPPER)
     q, k_pages, v_pages, layer, table, lengths = case
     table = jnp.where(table == NO_PAGE, 0, table)
     dealt: dict[str, Any] = dict(last_position=length - 1, page_stride=2, first_page=1, window=40)
@@ -247,6 +250,8 @@ def test_what_the_kernel_does_not_cover_runs_the_reference_on_a_rank_too(monkeyp
         scale=0.125, max_query_length=1, **dealt,
     )  # fmt: skip
     assert_equal_attention(got, expected(case, **dealt))
+    warning = caplog.messages[-1]
+    assert "runs as reference: paged decode on Hopper does not cover head dimensions 72" in warning
 
 
 @pytest.mark.parametrize("stride, first", [(1, 0), (3, 0), (3, 2)])

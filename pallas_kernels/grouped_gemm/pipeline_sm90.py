@@ -1,0 +1,27 @@
+"""What kernels share in which one warpgroup loads ahead through a ring of stages."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+LOAD_REGISTERS = 40
+"""Registers that a loading thread keeps."""
+
+
+def drain(steps: Array, released) -> None:
+    """Waits until the last stages that were filled are read."""
+    stages = released.shape[0]
+    pending = lax.min(steps, jnp.int32(stages))
+
+    def wait(index, _):
+        plgpu.barrier_wait(released.at[lax.rem(steps - pending + index, stages)])
+
+    lax.fori_loop(0, pending, wait, None)
+
+
+def multiply_registers(warpgroups: int) -> int:
+    """Registers a multiplying thread may hold once the loading threads gave theirs back."""
+    # A block gets what its threads were launched with, 8 at a time, out of 65536.
+    at_launch = (warpgroups + 1) * min(248, 512 // (warpgroups + 1) // 8 * 8)
+    return min(240, (at_launch - LOAD_REGISTERS) // warpgroups // 8 * 8)

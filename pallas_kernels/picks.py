@@ -1,0 +1,27 @@
+"""Which implementation of an operation runs on this machine's device, said once."""
+
+import functools
+import logging
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+def is_hopper(device: Any) -> bool:
+    return device.platform == "gpu" and device.compute_capability.startswith("9.")
+
+
+def log_pick(operation: str, kernel: str, device: Any) -> None:
+    """Says that a kernel runs."""
+    log_once(logging.INFO, f"{operation} runs as {kernel}: on {device.device_kind}")
+
+
+def log_fallback(operation: str, device: Any, reason: str, *, is_slow: bool = True) -> None:
+    """Says why the XLA reference runs; warns on a Hopper, whose kernels are many times faster."""
+    level = logging.WARNING if is_slow and is_hopper(device) else logging.INFO
+    log_once(level, f"{operation} runs as reference: {reason}")
+
+
+@functools.cache
+def log_once(level: int, message: str) -> None:
+    logger.log(level, message)
