@@ -199,7 +199,7 @@ def _launch(
             "handed_sums": plgpu.SMEM((shape.value_rows, columns), wide),
             "handed_highest": plgpu.SMEM((columns,), wide),
             "handed_totals": plgpu.SMEM((columns,), wide),
-            "handed_full": plgpu.Barrier(),
+            "handed_full": plgpu.Barrier(num_barriers=2),
             "handed_free": plgpu.Barrier(),
         }
     out, lse, *_ = plgpu.kernel(

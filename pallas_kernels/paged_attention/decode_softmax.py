@@ -171,8 +171,10 @@ def hand_over(
 ) -> None:
     """Gives the part of a segment that is shared to the warpgroup that has its last tile.
 
-    Both warpgroups wait for everything that is handed over or taken, or they would lose count.
+    Both warpgroups wait for everything that is handed over or taken, or they would lose count; in
+    turns, because one may hand over the next before the other waits for this.
     """
+    full_now = refs.handed_full.at[lax.rem(handed, 2)]
 
     @pl.when(shared & (handed > 0))
     def _():
@@ -183,11 +185,11 @@ def hand_over(
         store(refs.handed_sums, part.sums)
         store(refs.handed_highest, part.highest)
         store(refs.handed_totals, part.total)
-        plgpu.barrier_arrive(refs.handed_full)
+        plgpu.barrier_arrive(full_now)
 
     @pl.when(shared)
     def _():
-        plgpu.barrier_wait(refs.handed_full)
+        plgpu.barrier_wait(full_now)
 
 
 def take_over(shape: DecodeShape, refs: DecodeRefs, part: Softmax, shared: Array) -> Softmax:

@@ -140,7 +140,7 @@ def _launch(shape: MlaShape, operands: dict[str, Array], interpret: Any) -> tupl
         "rope_full": plgpu.Barrier(num_barriers=SIDES, num_arrivals=shape.copies),
         "rope_free": plgpu.Barrier(num_barriers=SIDES, num_arrivals=SIDES),
         "weights_full": plgpu.Barrier(num_barriers=SIDES),
-        "totals_full": plgpu.Barrier(num_barriers=SIDES),
+        "totals_full": plgpu.Barrier(num_barriers=2 * SIDES),
         "block_saved": plgpu.Barrier(num_arrivals=SIDES),
     }
     out, lse, *_ = plgpu.kernel(

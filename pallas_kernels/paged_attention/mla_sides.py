@@ -263,10 +263,12 @@ class _Side:
     def _finish(self, segment: Segment, segments: Array, state: _State) -> None:
         """Writes the outputs of a whole row, or saves a part."""
         shape, refs, parts, own = self.shape, self.refs, self.parts, self.own
-        totals = refs.totals.at[lax.rem(segments, jnp.int32(2))]
+        # In turns: the other side may be done with the next segment before this one waits.
+        turn = lax.rem(segments, jnp.int32(2))
+        totals = refs.totals.at[turn]
         store(totals.at[own], state.total)
-        plgpu.barrier_arrive(refs.totals_full.at[own])
-        plgpu.barrier_wait(refs.totals_full.at[self.other])
+        plgpu.barrier_arrive(refs.totals_full.at[turn * SIDES + own])
+        plgpu.barrier_wait(refs.totals_full.at[turn * SIDES + self.other])
         total = state.total + load(totals.at[self.other])
         attended = Attended(
             in_rows(state.sums * along(1.0 / total, shape.half)),
