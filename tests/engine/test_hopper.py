@@ -152,10 +152,10 @@ def test_steps_with_the_kernels_lower_for_cuda(tmp_path, monkeypatch, picks, fam
     assert all("store_rows" in line and family == "deepseek_v3" for line in others), others
 
 
-MAY_FLIP = {"deepseek_v3": 0.03}
-"""Share of positions whose experts nearly tie, so that rounding chooses others; else none does.
+MAY_FLIP = 0.03
+"""Share of positions whose experts may tie so nearly that rounding chooses others.
 
-Choices among groups, and gates scaled by 2.5, make them frequent there, and each one visible.
+Most in DeepSeek-V3, where groups are chosen too and gates are scaled by 2.5: 1 % on an H200.
 """
 
 
@@ -188,4 +188,5 @@ def test_engine_takes_the_kernels_and_agrees_with_the_reference(
         mine = logprobs_of([*output.prompt_logprobs[1:], *generated.logprobs], ids[1:])
         differences += np.abs(mine - want).tolist()
     assert np.median(differences) < 0.01
-    assert np.mean(np.array(differences) > 0.05) <= MAY_FLIP.get(family, 0), differences
+    flipped = np.mean(np.array(differences) > 0.05)
+    assert flipped <= (MAY_FLIP if "route_sm90" in KERNELS[family] else 0), differences
