@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_gemm.pipeline_sm90 import LOAD_REGISTERS, drain, multiply_registers
 from pallas_kernels.grouped_gemm.store import activate, add_bias, store_memory, store_tile, tiled
-from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig, for_each_tile
+from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig, TileWalk
 
 
 def grouped_gemm(
@@ -103,21 +103,20 @@ def _kernel(
     *bias_ref, out_ref = bias_and_out
     warpgroup = lax.axis_index("warpgroup")
     parts, _, part_columns = rhs_smem.shape[1:]
-    walk = functools.partial(
-        for_each_tile, sizes_ref, layer_ref, first_ref, groups, rhs_ref.shape[2] // parts,
-        part_columns, row_alignment, config,
+    walk = TileWalk(
+        sizes=sizes_ref, layer=layer_ref, first_group=first_ref, groups=groups,
+        columns=rhs_ref.shape[2] // parts, tile_columns=part_columns,
+        row_alignment=row_alignment, config=config,
     )  # fmt: skip
     k_steps = rhs_ref.shape[1] // config.block_k
 
     @pl.when(warpgroup == config.warpgroups)
     def load():
         plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
-        steps = walk(
-            functools.partial(
-                _load_tile, lhs_ref, rhs_ref, lhs_smem, rhs_smem, filled, released, k_steps, config
-            )
+        load_tile = functools.partial(
+            _load_tile, lhs_ref, rhs_ref, lhs_smem, rhs_smem, filled, released, k_steps, config
         )
-        drain(steps, released)
+        drain(walk.for_each(load_tile), released)
 
     @pl.when(warpgroup < config.warpgroups)
     def multiply():
@@ -134,7 +133,7 @@ def _kernel(
             store_tile(results, out_smem, edge_smem, out_ref, tile)
             return step
 
-        walk(one_tile)
+        walk.for_each(one_tile)
         plgpu.wait_smem_to_gmem(0)
 
 

@@ -27,7 +27,7 @@ from pallas_kernels.grouped_gemm.store import (
     store_upright,
     tiled,
 )
-from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig, for_each_tile
+from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig, TileWalk
 
 
 def grouped_gemm(
@@ -121,9 +121,10 @@ def _kernel(
     warpgroup = lax.axis_index("warpgroup")
     parts = 1 if activation is None else 2
     n, k_steps = rhs_ref.shape[1], rhs_scale_ref.shape[2]
-    walk = functools.partial(
-        for_each_tile, sizes_ref, layer_ref, first_ref, groups, n // parts,
-        config.columns // parts, row_alignment, config,
+    walk = TileWalk(
+        sizes=sizes_ref, layer=layer_ref, first_group=first_ref, groups=groups,
+        columns=n // parts, tile_columns=config.columns // parts,
+        row_alignment=row_alignment, config=config,
     )  # fmt: skip
     stages = Stages(
         lhs=lhs_smem, rhs=rhs_smem, lhs_scales=scale_smem, rhs_scales=rhs_scale_ref,
@@ -134,7 +135,7 @@ def _kernel(
     def load():
         plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
         load_tile = functools.partial(_load_tile, lhs_ref, lhs_scale_ref, rhs_ref, stages, parts)
-        drain(walk(load_tile), released)
+        drain(walk.for_each(load_tile), released)
 
     @pl.when(warpgroup < config.warpgroups)
     def multiply():
@@ -161,7 +162,7 @@ def _kernel(
             pl.when(jnp.logical_not(has_rows))(functools.partial(skip_tile, stages, step))
             return step + k_steps
 
-        walk(upright if config.upright else across)
+        walk.for_each(upright if config.upright else across)
         plgpu.wait_smem_to_gmem(0)
 
 

@@ -86,27 +86,9 @@ def attend(
         index = first + turn * shape.config.computers
         slot = lax.rem(tiles + index, jnp.int32(shape.config.stages))
         start = begin + index * kv_block
-        plgpu.barrier_wait(refs.k_full.at[slot])
-        keys = refs.k_shared.at[slot]
-        if shape.from_registers:
-            keys = widen_keys(keys)
-        elif shape.narrow:
-            _widen(keys, refs.k_wide)
-            plgpu.commit_smem()
-            keys = refs.k_wide
-        if shape.narrow:
-            plgpu.barrier_arrive(refs.k_free.at[slot])
-
-        def multiply_keys(product: Any) -> Array:
-            plgpu.wgmma(product, keys, queries.transpose((1, 0)))
-            return _wgmma(product[...])
-
-        product = pl.run_scoped(
-            multiply_keys, plgpu.WGMMAAccumulatorRef((kv_block, columns), jnp.float32)
-        )
-        if not shape.narrow:
-            plgpu.barrier_arrive(refs.k_free.at[slot])
-        visible = _visible(shape, segment.low - start, end - start, product.shape)
+        low, high = segment.low - start, end - start
+        product = _multiply_keys(shape, refs, slot, queries)
+        visible = _visible(shape, low, high, (kv_block, columns))
         scores = jnp.where(visible, _scale(shape, product, k_scale), -jnp.inf)
 
         new_highest = _wgmma(jnp.maximum(highest, _reduce(shape, refs, "max", scores)))
@@ -115,33 +97,7 @@ def attend(
         totals = _wgmma(totals * _across(keep, kv_block) + weights)
         weights_shared[...] = _wgmma(weights.astype(refs.weights_shared.dtype))
 
-        plgpu.barrier_wait(refs.v_full.at[slot])
-        values = refs.v_shared.at[slot]
-        if shape.narrow and not shape.from_registers:
-            _widen(values, refs.v_wide)
-            values = refs.v_wide
-
-        if shape.from_registers:
-            transposed = widen_values(
-                values, segment.low - start, end - start, swizzle=shape.stored_swizzle
-            )
-        else:
-            _clear_hidden(shape, values, segment.low - start, end - start)
-            transposed = values.transpose((1, 0))
-
-        plgpu.commit_smem()
-        if shape.narrow:
-            plgpu.barrier_arrive(refs.v_free.at[slot])
-
-        def multiply_values(product: Any) -> Array:
-            plgpu.wgmma(product, transposed, weights_shared)
-            return _wgmma(product[...])
-
-        product = pl.run_scoped(
-            multiply_values, plgpu.WGMMAAccumulatorRef((dv, columns), jnp.float32)
-        )
-        if not shape.narrow:
-            plgpu.barrier_arrive(refs.v_free.at[slot])
+        product = _multiply_values(shape, refs, slot, low, high, weights_shared)
         return _wgmma(sums * _across(keep, dv) + product), new_highest, totals
 
     # The sum of weights stays apart for each row of a tile: it is summed up once, at the end.
@@ -153,6 +109,57 @@ def attend(
     turns = pl.cdiv(shape.tiles(segment.count) - first, jnp.int32(shape.config.computers))
     sums, highest, totals = lax.fori_loop(0, turns, one_tile, start)
     return Softmax(sums, highest, _wgmma(_reduce(shape, refs, "add", totals)))
+
+
+def _multiply_keys(shape: DecodeShape, refs: DecodeRefs, slot: Array, queries: Any) -> Array:
+    """Returns the products of a tile's keys and the queries, [positions, columns]."""
+    plgpu.barrier_wait(refs.k_full.at[slot])
+    keys = refs.k_shared.at[slot]
+    if shape.from_registers:
+        keys = widen_keys(keys)
+    elif shape.narrow:
+        _widen(keys, refs.k_wide)
+        plgpu.commit_smem()
+        keys = refs.k_wide
+    if shape.narrow:
+        plgpu.barrier_arrive(refs.k_free.at[slot])
+    product = _multiply(keys, queries.transpose((1, 0)), (shape.config.kv_block, shape.columns))
+    if not shape.narrow:
+        plgpu.barrier_arrive(refs.k_free.at[slot])
+    return product
+
+
+def _multiply_values(
+    shape: DecodeShape, refs: DecodeRefs, slot: Array, low: Array, high: Array, weights: Any
+) -> Array:
+    """Returns a tile's values, of which those in [low, high) are visible, times their weights."""
+    plgpu.barrier_wait(refs.v_full.at[slot])
+    values = refs.v_shared.at[slot]
+    if shape.narrow and not shape.from_registers:
+        _widen(values, refs.v_wide)
+        values = refs.v_wide
+    if shape.from_registers:
+        transposed = widen_values(values, low, high, swizzle=shape.stored_swizzle)
+    else:
+        _clear_hidden(shape, values, low, high)
+        transposed = values.transpose((1, 0))
+    plgpu.commit_smem()
+    if shape.narrow:
+        plgpu.barrier_arrive(refs.v_free.at[slot])
+    product = _multiply(transposed, weights, (shape.value_rows, shape.columns))
+    if not shape.narrow:
+        plgpu.barrier_arrive(refs.v_free.at[slot])
+    return product
+
+
+def _multiply(left: Any, right: Any, shape: tuple[int, int]) -> Array:
+    """Returns the product of two tiles, when it is complete."""
+
+    def multiply(product: Any) -> Array:
+        plgpu.wgmma(product, left, right)
+        return _wgmma(product[...])
+
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
 def _reduce(shape: DecodeShape, refs: DecodeRefs, kind: str, array: Array) -> Array:
