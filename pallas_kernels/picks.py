@@ -11,6 +11,12 @@ def is_hopper(device: Any) -> bool:
     return device.platform == "gpu" and device.compute_capability.startswith("9.")
 
 
+def check_hopper(device: Any) -> None:
+    """Raises NotImplementedError for devices that the kernels do not run on."""
+    if not is_hopper(device):
+        raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
+
+
 def log_pick(operation: str, kernel: str, device: Any) -> None:
     """Says that a kernel runs."""
     log_once(logging.INFO, f"{operation} runs as {kernel}: on {device.device_kind}")

@@ -7,7 +7,7 @@ from typing import Any
 from jax.extend import backend
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
-from pallas_kernels import reference
+from pallas_kernels import picks, reference
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm.configs import config_for, go_unsorted, quantized_config_for
 from pallas_kernels.grouped_gemm.quantize import (
@@ -21,7 +21,6 @@ from pallas_kernels.grouped_gemm.route import Router, route_tokens_by_xla
 from pallas_kernels.grouped_gemm.sort import SortedRows, sort_rows_by_xla
 from pallas_kernels.grouped_gemm.tiles import BLOCK
 from pallas_kernels.groups import room_for, rows_held
-from pallas_kernels.picks import is_hopper, log_fallback, log_pick
 
 __all__ = [
     "QuantizedMatrices",
@@ -100,9 +99,9 @@ def grouped_gemm(
         except NotImplementedError as error:
             if implementation is not None:
                 raise
-            log_fallback("grouped_gemm", device, str(error))
+            picks.log_fallback("grouped_gemm", device, str(error))
         else:
-            log_pick("grouped_gemm", "mosaic_sm90", device)
+            picks.log_pick("grouped_gemm", "mosaic_sm90", device)
             return kernel(lhs, rhs, group_sizes, layer, **options)
     if isinstance(lhs, QuantizedRows) and isinstance(rhs, QuantizedMatrices):
         return reference.quantized_grouped_gemm(*lhs, *rhs, group_sizes, layer, **options)
@@ -129,7 +128,7 @@ def expert_rows(
     few experts, for shapes that the kernel does not cover, and off a Hopper GPU.
     """
     device = backend.get_default_device()
-    if not go_unsorted(*experts.shape, experts=gate_up.shape[1]) or not is_hopper(device):
+    if not go_unsorted(*experts.shape, experts=gate_up.shape[1]) or not picks.is_hopper(device):
         return None
     from pallas_kernels.grouped_gemm import few_rows_sm90
 
@@ -138,7 +137,7 @@ def expert_rows(
     except NotImplementedError:
         # Not slow: `grouped_gemm` says what runs instead.
         return None
-    log_pick("expert_rows", "few_rows_sm90", device)
+    picks.log_pick("expert_rows", "few_rows_sm90", device)
     return few_rows_sm90.expert_rows(
         x, experts, gate_up, down, layer,
         gate_up_bias=gate_up_bias, activation=activation, num_sms=device.core_count,
@@ -176,7 +175,7 @@ def route_tokens(
 
 def preferred_row_alignment(rows_a_group: float) -> int:
     """The `row_alignment` of `sort_rows` and `grouped_gemm` that is fastest here."""
-    is_better = rows_a_group >= MIN_ALIGNED_ROWS and is_hopper(backend.get_default_device())
+    is_better = rows_a_group >= MIN_ALIGNED_ROWS and picks.is_hopper(backend.get_default_device())
     return BLOCK if is_better else 1
 
 
@@ -213,14 +212,14 @@ def gather_rows(
 ) -> Float[Array, "rows embed"]:
     """x[index], for an index whose every entry is in [0, tokens)."""
     device = backend.get_default_device()
-    if not is_hopper(device) or index.size < MIN_COPIED_ROWS:
+    if not picks.is_hopper(device) or index.size < MIN_COPIED_ROWS:
         return _gather_by_xla(x, index)
     from pallas_kernels.grouped_gemm import gather_sm90
 
     try:
         gather_sm90.check_covered(x, index)
     except NotImplementedError as error:
-        log_fallback("gather_rows", device, str(error))
+        picks.log_fallback("gather_rows", device, str(error))
         return _gather_by_xla(x, index)
     return gather_sm90.gather_rows(x, index, num_sms=device.core_count)
 
@@ -229,14 +228,14 @@ def quantize_rows(x: Float[Array, "rows k"]) -> QuantizedRows:
     """Rounds rows to float8, with scales; k is a multiple of `SCALE_BLOCK`."""
     check_divides("k", x.shape[1])
     device = backend.get_default_device()
-    if not is_hopper(device):
+    if not picks.is_hopper(device):
         return quantize_rows_by_xla(x)
     from pallas_kernels.grouped_gemm import quantize_sm90
 
     try:
         return quantize_sm90.quantize_rows(x)
     except NotImplementedError as error:
-        log_fallback("quantize_rows", device, str(error))
+        picks.log_fallback("quantize_rows", device, str(error))
         return quantize_rows_by_xla(x)
 
 
@@ -248,15 +247,15 @@ def _try_kernel(
         return None
     device = backend.get_default_device()
     try:
-        if implementation is None and not is_hopper(device):
-            raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
+        if implementation is None:
+            picks.check_hopper(device)
         result = run_kernel()
     except NotImplementedError as error:
         if implementation is not None:
             raise
-        log_fallback(operation, device, str(error))
+        picks.log_fallback(operation, device, str(error))
         return None
-    log_pick(operation, name, device)
+    picks.log_pick(operation, name, device)
     return result
 
 
@@ -304,8 +303,7 @@ def _hopper_kernel(
     lhs, rhs, groups: int, activation: str | None, rows_a_group: float, device: Any
 ) -> Callable:
     """The kernel for these operands; raises NotImplementedError if there is none."""
-    if not is_hopper(device):
-        raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
+    picks.check_hopper(device)
     from pallas_kernels.grouped_gemm import mosaic_sm90, quantized_sm90
 
     quantized = isinstance(rhs, QuantizedMatrices)

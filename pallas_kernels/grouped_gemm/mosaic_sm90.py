@@ -50,7 +50,7 @@ def grouped_gemm(
             activation=activation,
             row_alignment=row_alignment,
             config=config,
-        ),  # fmt: skip
+        ),
         out_type=jax.ShapeDtypeStruct((rows + padding, n // parts), lhs.dtype),
         grid=(num_sms,),
         grid_names=("worker",),

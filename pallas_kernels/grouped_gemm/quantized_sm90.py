@@ -64,7 +64,7 @@ def grouped_gemm(
             activation=activation,
             row_alignment=row_alignment,
             config=config,
-        ),  # fmt: skip
+        ),
         out_type=jax.ShapeDtypeStruct((rows + padding, n // parts), jnp.bfloat16),
         grid=(num_sms,),
         grid_names=("worker",),

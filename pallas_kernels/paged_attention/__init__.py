@@ -13,7 +13,7 @@ from pallas_kernels import reference
 from pallas_kernels.paged_attention.configs import decode_config, mla_config, prefill_config
 from pallas_kernels.paged_attention.limits import first_visible, keys_before, pack_limits
 from pallas_kernels.paged_attention.single_rows import split_rows
-from pallas_kernels.picks import is_hopper, log_fallback, log_pick
+from pallas_kernels.picks import check_hopper, log_fallback, log_pick
 
 __all__ = ["paged_attention", "store_rows"]
 
@@ -89,7 +89,7 @@ def paged_attention(
         name = implementation or latent + ("decode_sm90" if one_each else "prefill_sm90")
         device = backend.get_default_device()
         try:
-            _check_hopper(device)
+            check_hopper(device)
             dealt = last_position is not None or page_stride > 1
             if dealt and not one_each:
                 raise NotImplementedError("takes all pages of a sequence")
@@ -143,7 +143,7 @@ def store_rows(
     """
     device = backend.get_default_device()
     try:
-        _check_hopper(device)
+        check_hopper(device)
         from pallas_kernels.paged_attention import store_sm90
 
         stored = store_sm90.store_rows(pools, layer, rows, slots, num_sms=device.core_count)
@@ -155,12 +155,6 @@ def store_rows(
         )
     log_pick("store_rows", "store_sm90", device)
     return stored
-
-
-def _check_hopper(device: Any) -> None:
-    """Raises NotImplementedError for devices that the kernels do not run on."""
-    if not is_hopper(device):
-        raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
 
 
 def _restrict(

@@ -59,11 +59,7 @@ def _flatten(value: Array) -> Array:
         parameterized: Any = layout
         # Threads hold two neighbours in each of two rows of eight features.
         fours = [mgpu.utils.vector_concat(list(rows)) for rows in array.registers.reshape(-1, 2)]
-        return mgpu.FragmentedArray(
-            _registers=_as_registers(fours, (len(fours),)),
-            _layout=parameterized.to_mgpu(),
-            _is_signed=None,
-        )
+        return _fragmented(fours, parameterized.to_mgpu(), (size,))
 
     inlined: Any = rename
     return inlined(value)
@@ -84,11 +80,7 @@ def _unflatten(flat: Array, features: int) -> Array:
             for four in array.registers.flat
             for first in (0, 2)
         ]
-        return mgpu.FragmentedArray(
-            _registers=_as_registers(pairs, layout.registers_shape(shape)),
-            _layout=layout,
-            _is_signed=None,
-        )
+        return _fragmented(pairs, layout, shape)
 
     inlined: Any = rename
     return inlined(flat)
@@ -112,12 +104,7 @@ def _gather_runs(value: Array) -> Array:
             words = [mgpu.utils.bitcast(word, i32) for word in registers[block, :, row]]
             words = _exchange(_exchange(words, 1), 2)
             runs.append(mgpu.utils.vector_concat([mgpu.utils.bitcast(w, pair) for w in words]))
-        target = layout.to_mgpu()
-        return mgpu.FragmentedArray(
-            _registers=_as_registers(runs, target.registers_shape(shape)),
-            _layout=target,
-            _is_signed=None,
-        )
+        return _fragmented(runs, layout.to_mgpu(), shape)
 
     inlined: Any = exchange
     return inlined(value)
@@ -138,7 +125,12 @@ def _exchange(words: list[Any], distance: int) -> list[Any]:
     return words
 
 
-def _as_registers(values: list[Any], shape: tuple[int, ...]) -> np.ndarray:
+def _fragmented(values: list[Any], layout: Any, shape: tuple[int, ...]) -> Any:
+    """Returns the array of this shape that these registers hold in a layout."""
     registers = np.empty(len(values), dtype=object)
     registers[:] = values
-    return registers.reshape(shape)
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(layout.registers_shape(shape)),
+        _layout=layout,
+        _is_signed=None,
+    )
