@@ -33,11 +33,12 @@ def store_memory(
 ) -> dict[str, Any]:
     """The shared memory that storing needs; of two parts, one gates the other."""
     rows, width = config.store_rows * parts, config.width // parts
+    shape, edges = (config.warpgroups, 2, rows, width), 1
     if config.upright:
-        rows, width = UPRIGHT, UPRIGHT
-    memory: dict[str, Any] = dict(out_smem=tiled((config.warpgroups, 2, rows, width), dtype))
+        shape, edges = (config.warpgroups, UPRIGHT, width), width // 64
+    memory: dict[str, Any] = dict(out_smem=tiled(shape, dtype))
     if not has_whole_blocks(row_alignment):
-        memory["edge_smem"] = plgpu.SMEM((config.warpgroups, BLOCK, 64), dtype)
+        memory["edge_smem"] = plgpu.SMEM((config.warpgroups, edges, BLOCK, 64), dtype)
     return memory
 
 
@@ -84,28 +85,27 @@ def store_tile(results: list[Array], out_smem, edge_smem, out_ref, tile: Tile) -
 
 
 def store_upright(results: list[Array], out_smem, edge_smem, out_ref, tile: Tile) -> None:
-    """Stores this warpgroup's rows, some columns at a time through shared memory."""
+    """Stores this warpgroup's rows, all columns at once: it waits for no copy of the same tile."""
     warpgroup = lax.axis_index("warpgroup")
+    staged = out_smem.at[warpgroup]
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for unit, values in enumerate(results):
-        column = tile.column + unit * UPRIGHT
         values = plgpu.layout_cast(values.astype(out_ref.dtype), plgpu.Layout.WGMMA)
-        staged = out_smem.at[warpgroup, unit % 2]
-
-        @pl.when(column < out_ref.shape[1])
-        def _(unit=unit, column=column, values=values, staged=staged):
-            # Two halves alternate within a tile; a tile begins with both free.
-            plgpu.wait_smem_to_gmem(min(unit, 1), wait_read_only=True)
-            staged[...] = values
-            plgpu.commit_smem()
-            row = tile.row + warpgroup * UPRIGHT
-            store_rows(staged, edge_smem, out_ref, tile, row, column)
-            plgpu.commit_smem_to_gmem_group()
+        staged.at[:, pl.ds(unit * 64, 64)][...] = values
+    plgpu.commit_smem()
+    row = tile.row + warpgroup * UPRIGHT
+    store_rows(staged, edge_smem, out_ref, tile, row, tile.column, edges_are_free=True)
+    plgpu.commit_smem_to_gmem_group()
 
 
-def store_rows(staged, edge_smem, out_ref, tile: Tile, row: Array, column: Array) -> None:
+def store_rows(
+    staged, edge_smem, out_ref, tile: Tile, row: Array, column: Array,
+    *, edges_are_free: bool = False,
+) -> None:  # fmt: skip
     """Copies staged rows out to `row` on, leaving alone those of neighbouring groups.
 
-    There is no memory for edges where no two groups share a block.
+    Columns past the last are dropped. There is no memory for edges where no two groups share a
+    block; it is free where earlier tiles' rows have left it.
     """
     count, width = staged.shape
     row, column = pl.multiple_of(row, BLOCK), pl.multiple_of(column, 64)
@@ -116,6 +116,10 @@ def store_rows(staged, edge_smem, out_ref, tile: Tile, row: Array, column: Array
     def _():
         target = out_ref.at[pl.ds(row, count), columns]
         plgpu.copy_smem_to_gmem(staged, target, commit_group=False)
+
+    def wait_for_copies():
+        plgpu.commit_smem_to_gmem_group()
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def one_block(block, _):
         block_row = pl.multiple_of(row + block * BLOCK, BLOCK)
@@ -130,24 +134,33 @@ def store_rows(staged, edge_smem, out_ref, tile: Tile, row: Array, column: Array
 
         if edge_smem is None:
             return
-        edge = edge_smem.at[lax.axis_index("warpgroup")]
+        edges = edge_smem.at[lax.axis_index("warpgroup")]
+
+        def store_edge(parts):
+            # The swizzle ties eight rows together; single rows leave from a copy of their own.
+            for edge, part in enumerate(parts):
+                source = block_rows.at[:, pl.ds(part, 64)]
+                edges.at[edge][...] = plgpu.load(source, layout=EDGE_LAYOUT, optimized=False)
+            plgpu.commit_smem()
+
+            def one_row(index, _):
+                for edge, part in enumerate(parts):
+                    source = edges.at[edge, pl.ds(index - block_row, 1)]
+                    target = out_ref.at[pl.ds(index, 1), pl.ds(column + part, 64)]
+                    plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
+            lax.fori_loop(begin, end, one_row, None)
 
         @pl.when(end - begin < BLOCK)
         def _():
-            # The swizzle ties eight rows together; single rows leave from an unswizzled copy.
-            for part in range(0, width, 64):
-                plgpu.commit_smem_to_gmem_group()
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                source = block_rows.at[:, pl.ds(part, 64)]
-                edge[...] = plgpu.load(source, layout=EDGE_LAYOUT, optimized=False)
-                plgpu.commit_smem()
-
-                def one_row(index, _, part=part):
-                    target = out_ref.at[pl.ds(index, 1), pl.ds(column + part, 64)]
-                    source = edge.at[pl.ds(index - block_row, 1)]
-                    plgpu.copy_smem_to_gmem(source, target, commit_group=False)
-
-                lax.fori_loop(begin, end, one_row, None)
+            at_once = edges.shape[0] * 64
+            for first in range(0, width, at_once):
+                if edges_are_free:
+                    # A group's first rows leave through the same memory as its last.
+                    pl.when((row < tile.begin) & (tile.begin < begin))(wait_for_copies)
+                else:
+                    wait_for_copies()
+                store_edge(range(first, min(first + at_once, width), 64))
 
     @pl.when(jnp.logical_not(whole))
     def _():
