@@ -16,7 +16,7 @@ EDGE_LAYOUT = plgpu.Layout.TILED(
 )
 """How a warpgroup holds eight rows of 64: each warp two rows, each lane four neighbours."""
 UPRIGHT = 64
-"""Rows of a warpgroup where rows stand upright, and columns that it stores at once."""
+"""Rows of a warpgroup where rows stand upright."""
 
 
 def tiled(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
@@ -117,10 +117,6 @@ def store_rows(
         target = out_ref.at[pl.ds(row, count), columns]
         plgpu.copy_smem_to_gmem(staged, target, commit_group=False)
 
-    def wait_for_copies():
-        plgpu.commit_smem_to_gmem_group()
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
     def one_block(block, _):
         block_row = pl.multiple_of(row + block * BLOCK, BLOCK)
         block_rows = staged.at[pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)]
@@ -135,35 +131,44 @@ def store_rows(
         if edge_smem is None:
             return
         edges = edge_smem.at[lax.axis_index("warpgroup")]
-
-        def store_edge(parts):
-            # The swizzle ties eight rows together; single rows leave from a copy of their own.
-            for edge, part in enumerate(parts):
-                source = block_rows.at[:, pl.ds(part, 64)]
-                edges.at[edge][...] = plgpu.load(source, layout=EDGE_LAYOUT, optimized=False)
-            plgpu.commit_smem()
-
-            def one_row(index, _):
-                for edge, part in enumerate(parts):
-                    source = edges.at[edge, pl.ds(index - block_row, 1)]
-                    target = out_ref.at[pl.ds(index, 1), pl.ds(column + part, 64)]
-                    plgpu.copy_smem_to_gmem(source, target, commit_group=False)
-
-            lax.fori_loop(begin, end, one_row, None)
+        # A group's first rows may be leaving through the memory that its last ones need.
+        in_use = (row < tile.begin) & (tile.begin < begin) if edges_are_free else True
 
         @pl.when(end - begin < BLOCK)
         def _():
             at_once = edges.shape[0] * 64
             for first in range(0, width, at_once):
-                if edges_are_free:
-                    # A group's first rows leave through the same memory as its last.
-                    pl.when((row < tile.begin) & (tile.begin < begin))(wait_for_copies)
-                else:
-                    wait_for_copies()
-                store_edge(range(first, min(first + at_once, width), 64))
+                pl.when(in_use)(_wait_for_copies)
+                part = block_rows.at[:, pl.ds(first, min(at_once, width))]
+                _store_edge(part, edges, out_ref, block_row, begin, end, column + first)
 
     @pl.when(jnp.logical_not(whole))
     def _():
         first = lax.div(lax.max(tile.begin - row, 0), BLOCK)
         last = lax.div(lax.clamp(0, tile.end - row, count) + BLOCK - 1, BLOCK)
         lax.fori_loop(first, last, one_block, None)
+
+
+def _store_edge(
+    block_rows, edges, out_ref, block_row: Array, begin: Array, end: Array, column: Array
+) -> None:
+    """Copies rows from `begin` to `end` of a block's eight."""
+    parts = range(0, block_rows.shape[1], 64)
+    # The swizzle ties eight rows together; single rows leave from a copy of their own.
+    for index, part in enumerate(parts):
+        source = block_rows.at[:, pl.ds(part, 64)]
+        edges.at[index][...] = plgpu.load(source, layout=EDGE_LAYOUT, optimized=False)
+    plgpu.commit_smem()
+
+    def one_row(row, _):
+        for index, part in enumerate(parts):
+            source = edges.at[index, pl.ds(row - block_row, 1)]
+            target = out_ref.at[pl.ds(row, 1), pl.ds(column + part, 64)]
+            plgpu.copy_smem_to_gmem(source, target, commit_group=False)
+
+    lax.fori_loop(begin, end, one_row, None)
+
+
+def _wait_for_copies() -> None:
+    plgpu.commit_smem_to_gmem_group()
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
