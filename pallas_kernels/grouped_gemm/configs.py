@@ -95,7 +95,7 @@ def quantized_config_for(
         return QUANTIZED_BROAD
     if gated:
         return QUANTIZED_UPRIGHT_PAIR
-    return QUANTIZED_MEDIUM if mean <= 384 else QUANTIZED_UPRIGHT
+    return QUANTIZED_MEDIUM if mean <= 112 else QUANTIZED_UPRIGHT
 
 
 def _memory_bound(
