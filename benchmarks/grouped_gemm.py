@@ -30,8 +30,8 @@ from pallas_kernels.groups import group_begin, room_for
 __all__ = ["SHAPES", "compile_all", "lower", "measure", "rates"]
 
 DISTRIBUTIONS = ("uniform", "zipf")
-ALIGNED = "llmjax, aligned groups"
-"""Ours where each group begins at a multiple of what tiles begin at, as many rows are sorted."""
+SIDE_BY_SIDE = "llmjax, groups side by side"
+"""Ours as others take rows; else groups of many rows begin at a multiple of what tiles begin at."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,11 @@ class Shape:
         noise = rng.gumbel(size=(self.rows // self.top_k, self.groups))
         chosen = np.argpartition(-np.log(weights) - noise, self.top_k - 1)[:, : self.top_k]
         return np.bincount(chosen.ravel(), minlength=self.groups).astype(np.int32)
+
+    @property
+    def row_alignment(self) -> int:
+        """What the engine lets each group begin at a multiple of."""
+        return BLOCK if self.rows >= MIN_ALIGNED_ROWS * self.groups else 1
 
     def flops(self) -> float:
         return 2.0 * self.rows * self.k * self.n
@@ -135,12 +140,17 @@ def programs(shape: Shape, *, tune: bool, num_sms: int) -> Iterator[tuple[str, C
             run = functools.partial(
                 mosaic_sm90.grouped_gemm, layer=0, config=config, num_sms=num_sms
             )
-            yield "llmjax" if config == shipped else f"llmjax, {name} tiles", run
-            if config == shipped and mean >= MIN_ALIGNED_ROWS:
-                yield ALIGNED, functools.partial(run, row_alignment=BLOCK)
+            yield from with_alignment(shape, "" if config == shipped else f", {name} tiles", run)
     yield from _jax_own(mean)
     if importlib.util.find_spec("tokamax"):
         yield from _tokamax(mean, num_sms)
+
+
+def with_alignment(shape: Shape, tiles: str, run: Callable) -> Iterator[tuple[str, Callable]]:
+    """Ours with groups that begin where the engine has them begin, and side by side if not so."""
+    yield f"llmjax{tiles}", functools.partial(run, row_alignment=shape.row_alignment)
+    if not tiles and shape.row_alignment > 1:
+        yield SIDE_BY_SIDE, run
 
 
 def _jax_own(mean: float) -> Iterator[tuple[str, Callable]]:
@@ -193,7 +203,7 @@ def lower(
             if path.exists():
                 continue
             try:
-                arguments = shape.arguments(_row_alignment(name))
+                arguments = shape.arguments(_row_alignment(shape, name))
                 path.write_bytes(timing.lower_program(function, arguments))
             except Exception as error:  # A contender that does not lower is left out, aloud.
                 print(f"{shape.name}: {name} does not lower: {str(error)[:200]}", flush=True)
@@ -224,8 +234,9 @@ def _measure_shape(shape: Shape, compiled: dict, limits: dict[str, float]) -> li
             with timing.noting_failure(row):
                 if isinstance(program, Exception):
                     raise program
-                places, rows_of_places = _places(sizes, _row_alignment(name))
-                placed = shape.pick_rows(lhs, rows_of_places) if name == ALIGNED else lhs
+                alignment = _row_alignment(shape, name)
+                places, rows_of_places = _places(sizes, alignment)
+                placed = lhs if alignment == 1 else shape.pick_rows(lhs, rows_of_places)
                 arguments = (*jax.tree.leaves((placed, rhs)), jnp.asarray(sizes))
                 row["error"] = _error(program, arguments, shape, places, picked, want)
                 us = timing.kernel_microseconds(program, *arguments)
@@ -235,8 +246,9 @@ def _measure_shape(shape: Shape, compiled: dict, limits: dict[str, float]) -> li
     return rows
 
 
-def _row_alignment(contender: str) -> int:
-    return BLOCK if contender == ALIGNED else 1
+def _row_alignment(shape: Shape, contender: str) -> int:
+    is_aligned = contender.startswith("llmjax") and contender != SIDE_BY_SIDE
+    return shape.row_alignment if is_aligned else 1
 
 
 def _places(sizes: np.ndarray, row_alignment: int) -> tuple[np.ndarray, np.ndarray]:

@@ -18,9 +18,8 @@ from benchmarks import grouped_gemm, timing
 from benchmarks.grouped_gemm import rates
 from benchmarks.timing import compile_all
 from pallas_kernels import QuantizedMatrices, QuantizedRows, quantize_matrices, quantize_rows
-from pallas_kernels.grouped_gemm import MIN_ALIGNED_ROWS, configs, quantized_sm90
+from pallas_kernels.grouped_gemm import configs, quantized_sm90
 from pallas_kernels.grouped_gemm.quantize import SCALE_BLOCK
-from pallas_kernels.grouped_gemm.tiles import BLOCK
 from pallas_kernels.groups import room_for
 
 __all__ = ["SHAPES", "compile_all", "lower", "measure", "rates"]
@@ -89,9 +88,8 @@ def programs(shape: QuantizedShape, *, tune: bool, num_sms: int) -> Iterator[tup
         plausible &= config.upright or shape.n % config.columns == 0
         if config == shipped or (tune and plausible):
             run = functools.partial(multiply, config=config, num_sms=num_sms)
-            yield "llmjax" if config == shipped else f"llmjax, {name} tiles", run
-            if config == shipped and shape.rows >= MIN_ALIGNED_ROWS * shape.groups:
-                yield grouped_gemm.ALIGNED, functools.partial(run, row_alignment=BLOCK)
+            tiles = "" if config == shipped else f", {name} tiles"
+            yield from grouped_gemm.with_alignment(shape, tiles, run)
 
 
 def multiply(

@@ -24,7 +24,7 @@ from benchmarks.grouped_gemm_layer_programs import CHAIN, VARIANTS, Variant, cha
 from benchmarks.timing import compile_all
 from pallas_kernels import quantize_matrices
 from pallas_kernels.activation import ACTIVATIONS
-from pallas_kernels.grouped_gemm import MIN_ALIGNED_ROWS, MIN_COPIED_ROWS
+from pallas_kernels.grouped_gemm import MIN_ALIGNED_ROWS
 from pallas_kernels.grouped_gemm.configs import MAX_UNSORTED_TOKENS
 
 __all__ = ["SHAPES", "compile_all", "lower", "measure"]
@@ -65,8 +65,8 @@ class Layer:
         rows = self.tokens * self.top_k
         for variant in VARIANTS:
             differs = not variant.routed or self.top_k > 1
-            differs &= variant.copied or rows >= MIN_COPIED_ROWS
-            differs &= variant.aligned or rows >= MIN_ALIGNED_ROWS * self.experts
+            many = rows >= MIN_ALIGNED_ROWS * self.experts
+            differs &= variant.aligned in (None, not many) and (many or not variant.gathered)
             differs &= variant.unsorted or self.tokens <= MAX_UNSORTED_TOKENS
             if differs:
                 yield variant

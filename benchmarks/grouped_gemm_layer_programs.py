@@ -5,16 +5,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from pallas_kernels import QuantizedMatrices, QuantizedRows
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import (
     MIN_ALIGNED_ROWS,
-    MIN_COPIED_ROWS,
     Router,
     few_rows_sm90,
-    gather_sm90,
     mosaic_sm90,
     quantize_sm90,
     quantized_sm90,
@@ -39,8 +36,8 @@ class Variant:
     name: str
     fused: bool = True
     """Whether the activation is part of the first product."""
-    copied: bool = True
-    """Whether many rows are gathered by the copy engine, not by XLA."""
+    gathered: bool = False
+    """Whether XLA gathers rows before the first product, also where that could do so itself."""
     unsorted: bool = True
     """Whether a few tokens go to their experts in one launch for both products."""
     float8: bool = False
@@ -48,22 +45,24 @@ class Variant:
     """Whether a router chooses the experts; else they are given."""
     ordered: bool = True
     """Whether kernels of ours route and sort, not XLA."""
-    aligned: bool = True
-    """Whether many rows of each expert begin at a multiple of what tiles begin at."""
+    aligned: bool | None = None
+    """Whether each expert's rows begin at a multiple of what tiles begin at; None: if many."""
 
     def row_alignment(self, rows: int, groups: int) -> int:
         """What the rows of each group begin at a multiple of."""
-        return BLOCK if self.aligned and rows >= MIN_ALIGNED_ROWS * groups else 1
+        many = rows >= MIN_ALIGNED_ROWS * groups
+        return BLOCK if (many if self.aligned is None else self.aligned) else 1
 
 
 VARIANTS = (
     Variant(name="llmjax"),
     Variant(name="llmjax, activation apart", fused=False),
-    Variant(name="llmjax, gather by XLA", copied=False),
+    Variant(name="llmjax, gathered first", gathered=True),
     Variant(name="llmjax, rows sorted", unsorted=False),
     Variant(name="llmjax, experts side by side", aligned=False),
+    Variant(name="llmjax, experts aligned", aligned=True),
     Variant(name="llmjax, float8", float8=True),
-    Variant(name="llmjax, float8, experts side by side", float8=True, aligned=False),
+    Variant(name="llmjax, float8, gathered first", float8=True, gathered=True),
     Variant(name="llmjax, sort by XLA", ordered=False),
     Variant(name="llmjax, with router", routed=True),
     Variant(name="llmjax, with router, router and sort by XLA", routed=True, ordered=False),
@@ -111,11 +110,13 @@ def expert_layer(x, experts, gates, gate_up, down, *, variant: Variant, num_sms:
     row_alignment = variant.row_alignment(experts.size, groups)
     order = sort(experts.reshape(-1), groups, row_alignment=row_alignment)
     multiply = partial(_multiply, sizes=order.sizes, num_sms=num_sms, row_alignment=row_alignment)
-    rows = _gather(x, order.row // experts.shape[1], variant, num_sms)
+    rows, index = _quantize(x) if variant.float8 else x, order.row // experts.shape[1]
+    if variant.gathered or row_alignment == 1:
+        rows, index = _gather(rows, index), None
     if variant.fused:
-        hidden = multiply(rows, gate_up, activation="silu")
+        hidden = multiply(rows, gate_up, row_index=index, activation="silu")
     else:
-        hidden = multiply(rows, gate_up).astype(jnp.float32)
+        hidden = multiply(rows, gate_up, row_index=index).astype(jnp.float32)
         hidden = ACTIVATIONS["silu"](*jnp.split(hidden, 2, axis=1)).astype(x.dtype)
     results = multiply(_quantize(hidden) if variant.float8 else hidden, down)
     place = order.place.reshape(experts.shape)
@@ -136,21 +137,11 @@ def _goes_unsorted(x, experts, gate_up, down, variant: Variant) -> bool:
     return go_unsorted(*experts.shape, experts=gate_up.shape[1])
 
 
-def _gather(x, token, variant: Variant, num_sms: int) -> jax.Array | QuantizedRows:
-    def gather(x):
-        if variant.copied and token.size >= MIN_COPIED_ROWS:
-            return gather_sm90.gather_rows(x, token, num_sms=num_sms)
-        return x.at[token].get(mode="promise_in_bounds")
-
-    if not variant.float8:
-        return gather(x)
-    if x.shape[0] % quantize_sm90.BLOCK_ROWS:
-        return _quantize(gather(x))
-    values, scales = _quantize(x)
-    # The copy engine's kernel knows elements of two bytes.
-    pairs = lax.bitcast_convert_type(values.reshape(x.shape[0], -1, 2), jnp.uint16)
-    values = lax.bitcast_convert_type(gather(pairs), values.dtype).reshape(token.size, -1)
-    return QuantizedRows(values, scales.at[:, token].get(mode="promise_in_bounds"))
+def _gather(x: jax.Array | QuantizedRows, index) -> jax.Array | QuantizedRows:
+    if isinstance(x, QuantizedRows):
+        scales = x.scales.at[:, index].get(mode="promise_in_bounds")
+        return QuantizedRows(x.values.at[index].get(mode="promise_in_bounds"), scales)
+    return x.at[index].get(mode="promise_in_bounds")
 
 
 def _quantize(x: jax.Array) -> QuantizedRows:
@@ -160,18 +151,18 @@ def _quantize(x: jax.Array) -> QuantizedRows:
 
 
 def _multiply(
-    lhs, rhs, sizes, num_sms: int, row_alignment: int, activation: str | None = None
+    lhs, rhs, sizes, num_sms: int, row_alignment: int, activation: str | None = None, row_index=None
 ) -> jax.Array:
     quantized = isinstance(rhs, QuantizedMatrices)
     n, k = rhs.values.shape[2:] if quantized else rhs.shape[:1:-1]
     choose = quantized_config_for if quantized else config_for
-    room = (lhs.values if quantized else lhs).shape[0]
+    room = (lhs.values if quantized else lhs).shape[0] if row_index is None else row_index.size
     config = choose(
         rows=rows_held(room, sizes.size, row_alignment), groups=sizes.size, k=k, n=n,
         num_sms=num_sms, gated=activation is not None,
     )  # fmt: skip
     kernel = quantized_sm90 if quantized else mosaic_sm90
     return kernel.grouped_gemm(
-        lhs, rhs, sizes, 0,
+        lhs, rhs, sizes, 0, row_index=row_index,
         activation=activation, row_alignment=row_alignment, config=config, num_sms=num_sms,
     )  # fmt: skip

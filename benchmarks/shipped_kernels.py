@@ -13,7 +13,6 @@ from pallas_kernels.grouped_gemm import (
     Router,
     configs,
     few_rows_sm90,
-    gather_sm90,
     mosaic_sm90,
     quantize_sm90,
     quantized_sm90,
@@ -59,11 +58,8 @@ def shipped_kernels() -> Iterator[Program]:
         for name, config in configs.QUANTIZED.items():
             if activation is None or config.width == 128:
                 yield _quantized_gemm(name, activation)
-    rows = _shape((256, 7168))
-    index = _shape((ROWS,), jnp.int32)
-    yield "gather_rows", functools.partial(gather_sm90.gather_rows, num_sms=NUM_SMS), (rows, index)
     yield _expert_rows()
-    yield "quantize_rows", quantize_sm90.quantize_rows, (rows,)
+    yield "quantize_rows", quantize_sm90.quantize_rows, (_shape((256, 7168)),)
     for tokens in (1, 64, 8192):
         for name, router, experts in ROUTERS:
             yield _route_tokens(f"route_tokens, {name}, {tokens} tokens", router, experts, tokens)

@@ -89,3 +89,11 @@ def assert_lowers_for_cuda(run: Callable, *arguments: Any, **named: Any) -> None
     """A kernel lowers here, where no GPU is, for a GPU."""
     lowered = jax.jit(run).trace(*arguments, **named).lower(lowering_platforms=("cuda",))
     assert "mosaic_gpu" in lowered.as_text()
+
+
+def scatter(rows: Any) -> tuple[Any, jax.Array]:
+    """The same rows in another order among some of NaN, and where each one is."""
+    count = rows.shape[0]
+    places = np.random.default_rng(count).permutation(2 * count)[:count]
+    scattered = jnp.full((2 * count, *rows.shape[1:]), jnp.nan, rows.dtype).at[places].set(rows)
+    return scattered, jnp.asarray(places, jnp.int32)

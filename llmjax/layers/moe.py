@@ -265,7 +265,8 @@ class _ComputeExperts(NamedTuple):
 
     def __call__(
         self,
-        rows: Float[Array, "rows embed"],
+        x: Float[Array, "tokens embed"],
+        token_of_row: Int32[Array, " rows"] | None,
         group_sizes: Int32[Array, " experts"],
         expert_of_row: Int32[Array, " rows"],
         weights: ExpertWeights,
@@ -276,7 +277,10 @@ class _ComputeExperts(NamedTuple):
         multiply = partial(
             grouped_gemm, rows_a_group=self.rows_a_group, row_alignment=self.row_alignment
         )
-        hidden = multiply(rows, gate_up, group_sizes, layer, bias=bias, activation=self.activation)
+        hidden = multiply(
+            x, gate_up, group_sizes, layer,
+            row_index=token_of_row, bias=bias, activation=self.activation,
+        )  # fmt: skip
         out = multiply(hidden, weights.down, group_sizes, layer)
         return self._add_down_bias(out, expert_of_row, weights, layer)
 

@@ -30,18 +30,19 @@ from llmjax.parallel.collectives import (
     psum_scatter,
 )
 from meshes import Rules
-from pallas_kernels import gather_rows, room_for, sort_rows
+from pallas_kernels import room_for, sort_rows
 
 Dispatch = Literal["allreduce", "allgather", "all_to_all"]
 Exchange = Literal["padded", "ragged"]
 """How `all_to_all` sends: whole buffers, or only their rows (`lax.ragged_all_to_all`, CUDA)."""
 
-Compute = Callable[[Array, Array, Array, Any, Array], Array]
-"""(rows [n, embed], group_sizes [local_slots], local_slot_of_row [n], params, layer) -> [n, embed].
+Compute = Callable[[Array, Array | None, Array, Array, Any, Array], Array]
+"""(x [m, embed], x_of_row [n] or None, group_sizes [local_slots], local_slot_of_row [n], params,
+layer) -> [n, embed].
 
-Rows are sorted by slot, as `sort_rows` of the `row_alignment` leaves them; those of no group are
-padding, may be anything, and may come back as anything.
-Results are partial sums over the axes of expert_ffn.
+Row r is x[x_of_row[r]], or x[r] without an index. Rows are sorted by slot, as `sort_rows` of the
+`row_alignment` leaves them; those of no group are padding, may be anything, and may come back as
+anything. Results are partial sums over the axes of expert_ffn.
 """
 
 ComputeUnsorted = Callable[[Array, Array, Any, Array], Array | None]
@@ -183,11 +184,11 @@ def run_rows(
     scale_inputs: bool,
 ) -> Float[Array, "tokens embed"]:
     """Runs this rank's experts on the rows and adds up those of each token."""
-    inputs = gather_rows(tokens.x, rows.token)
+    x, x_of_row = tokens.x, rows.token
     if scale_inputs:
         scale = tokens.gates[rows.token, rows.choice].astype(jnp.float32)
-        inputs = (inputs * scale[:, None]).astype(tokens.x.dtype)
-    results = compute(inputs, rows.sizes, rows.slot, params, layer)
+        x, x_of_row = (x[rows.token] * scale[:, None]).astype(x.dtype), None
+    results = compute(x, x_of_row, rows.sizes, rows.slot, params, layer)
     # Gathered by pair, not scattered by row: the order of the sum is then always the same.
     return add_pairs(tokens, results[rows.row_of_pair], rows.held, gated=not scale_inputs)
 

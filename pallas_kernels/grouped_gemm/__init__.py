@@ -19,7 +19,7 @@ from pallas_kernels.grouped_gemm.quantize import (
 )
 from pallas_kernels.grouped_gemm.route import Router, route_tokens_by_xla
 from pallas_kernels.grouped_gemm.sort import SortedRows, sort_rows_by_xla
-from pallas_kernels.grouped_gemm.tiles import BLOCK
+from pallas_kernels.grouped_gemm.tiles import BLOCK, has_whole_blocks
 from pallas_kernels.groups import room_for, rows_held
 
 __all__ = [
@@ -29,7 +29,6 @@ __all__ = [
     "SortedRows",
     "route_tokens",
     "expert_rows",
-    "gather_rows",
     "grouped_gemm",
     "preferred_row_alignment",
     "quantize_matrices",
@@ -41,19 +40,18 @@ __all__ = [
 # Kernels are imported where they are chosen: Mosaic takes two seconds, which a CPU need not wait.
 
 IMPLEMENTATIONS = ("mosaic_sm90", "reference")
-MIN_COPIED_ROWS = 1024
-"""Rows from which on the copy engine beats XLA's gather."""
-MIN_ALIGNED_ROWS = 64
+MIN_ALIGNED_ROWS = 8
 """Rows of a group, on average, from which on groups should begin at multiples of `BLOCK`: fewer
 are read and written sooner side by side than in blocks of their own."""
 
 
 def grouped_gemm(
-    lhs: Float[Array, "rows k"] | QuantizedRows,
+    lhs: Float[Array, "lhs_rows k"] | QuantizedRows,
     rhs: Float[Array, "layers groups k n"] | QuantizedMatrices,
     group_sizes: Int[Array, "all_groups"],
     layer: Int[Array, ""] | int,
     *,
+    row_index: Int[Array, "rows"] | None = None,
     bias: Float[Array, "layers groups n"] | None = None,
     activation: str | None = None,
     first_group: Int[Array, ""] | int = 0,
@@ -67,8 +65,10 @@ def grouped_gemm(
     `sort_rows` of the same `row_alignment` lets it begin; then there are as many rows as `room_for`
     says. `rhs` and `bias` hold the groups from `first_group` on: rows of groups that they lack, and
     rows of no group, come back unspecified, and must be masked, not multiplied by 0. The sizes are
-    read on the device. Quantised operands come in pairs, and give bfloat16. What a group has on
-    average, `rows_a_group`, decides how the work is cut; without it, all rows are in use.
+    read on the device. Row r is `lhs[row_index[r]]` where there is an index, all of whose entries
+    are in [0, lhs_rows); else it is `lhs[r]`. Quantised operands come in pairs, and give bfloat16.
+    What a group has on average, `rows_a_group`, decides how the work is cut; without it, all rows
+    are in use.
 
     The `activation`, one of `ACTIVATIONS`, is applied to the float32 sums: the first half of the n
     columns is the gate, the second half what it gates, and n / 2 columns come out.
@@ -78,7 +78,8 @@ def grouped_gemm(
     Naming one raises NotImplementedError for what it does not cover.
     """
     _check_arguments(lhs, rhs, activation, implementation)
-    room = (lhs.values if isinstance(lhs, QuantizedRows) else lhs).shape[0]
+    lhs_rows = (lhs.values if isinstance(lhs, QuantizedRows) else lhs).shape[0]
+    room = lhs_rows if row_index is None else row_index.size
     groups = group_sizes.size
     _check_alignment(row_alignment)
     if row_alignment > 1 and room < groups * row_alignment:
@@ -102,7 +103,11 @@ def grouped_gemm(
             picks.log_fallback("grouped_gemm", device, str(error))
         else:
             picks.log_pick("grouped_gemm", "mosaic_sm90", device)
-            return kernel(lhs, rhs, group_sizes, layer, **options)
+            if row_index is not None and not has_whole_blocks(row_alignment):
+                lhs, row_index = _gather(lhs, row_index), None
+            return kernel(lhs, rhs, group_sizes, layer, row_index=row_index, **options)
+    if row_index is not None:
+        lhs = _gather(lhs, row_index)
     if isinstance(lhs, QuantizedRows) and isinstance(rhs, QuantizedMatrices):
         return reference.quantized_grouped_gemm(*lhs, *rhs, group_sizes, layer, **options)
     assert not isinstance(lhs, QuantizedRows) and not isinstance(rhs, QuantizedMatrices)
@@ -207,23 +212,6 @@ def sort_rows(
     return sort_rows_by_xla(group_of_row, groups, row_alignment=row_alignment)
 
 
-def gather_rows(
-    x: Float[Array, "tokens embed"], index: Int[Array, "rows"]
-) -> Float[Array, "rows embed"]:
-    """x[index], for an index whose every entry is in [0, tokens)."""
-    device = backend.get_default_device()
-    if not picks.is_hopper(device) or index.size < MIN_COPIED_ROWS:
-        return _gather_by_xla(x, index)
-    from pallas_kernels.grouped_gemm import gather_sm90
-
-    try:
-        gather_sm90.check_covered(x, index)
-    except NotImplementedError as error:
-        picks.log_fallback("gather_rows", device, str(error))
-        return _gather_by_xla(x, index)
-    return gather_sm90.gather_rows(x, index, num_sms=device.core_count)
-
-
 def quantize_rows(x: Float[Array, "rows k"]) -> QuantizedRows:
     """Rounds rows to float8, with scales; k is a multiple of `SCALE_BLOCK`."""
     check_divides("k", x.shape[1])
@@ -259,8 +247,12 @@ def _try_kernel(
     return result
 
 
-def _gather_by_xla(x: Array, index: Array) -> Array:
-    return x.at[index].get(mode="promise_in_bounds")
+def _gather(lhs: Any, index: Array) -> Any:
+    """Rows in the order of an index, each with its scales."""
+    if isinstance(lhs, QuantizedRows):
+        scales = lhs.scales.at[:, index].get(mode="promise_in_bounds")
+        return QuantizedRows(_gather(lhs.values, index), scales)
+    return lhs.at[index].get(mode="promise_in_bounds")
 
 
 def _check_implementation(implementation: str | None, kernel: str) -> None:

@@ -38,8 +38,6 @@ QUANTIZED_PAIR = TileConfig(row_tiles=(8, 16, 32), warpgroups=1, width=128, stag
 """128 columns by up to 32 rows, where 256 would leave multiprocessors without work."""
 QUANTIZED_BROAD = TileConfig(row_tiles=(8, 16, 32, 48, 64), width=128, stages=4, store_rows=32)
 """256 columns by up to 64 rows."""
-QUANTIZED_MEDIUM = TileConfig(row_tiles=(16, 64, 96, 128, 136, 160), stages=5, store_rows=32)
-"""128 columns by up to 160 rows."""
 QUANTIZED_UPRIGHT = TileConfig(row_tiles=(128,), width=192, stages=4, upright=True)
 """128 rows by 192 columns: less to read from shared memory for a product, more rows wasted."""
 QUANTIZED_UPRIGHT_PAIR = TileConfig(row_tiles=(128,), width=128, stages=5, upright=True)
@@ -47,8 +45,7 @@ QUANTIZED_UPRIGHT_PAIR = TileConfig(row_tiles=(128,), width=128, stages=5, uprig
 
 QUANTIZED = {
     "wide": QUANTIZED_WIDE, "pair": QUANTIZED_PAIR, "broad": QUANTIZED_BROAD,
-    "medium": QUANTIZED_MEDIUM, "upright": QUANTIZED_UPRIGHT,
-    "upright pair": QUANTIZED_UPRIGHT_PAIR,
+    "upright": QUANTIZED_UPRIGHT, "upright pair": QUANTIZED_UPRIGHT_PAIR,
 }  # fmt: skip
 """The same for float8; a step is 128 elements deep, one block of scales."""
 
@@ -91,11 +88,9 @@ def quantized_config_for(
     if mean <= 24:
         candidates = (QUANTIZED_WIDE, QUANTIZED_PAIR)
         return _memory_bound(candidates, rows=rows, groups=groups, n=n, num_sms=num_sms)
-    if mean <= 80 and n % QUANTIZED_BROAD.columns == 0:
+    if mean <= (80 if gated else 64) and n % QUANTIZED_BROAD.columns == 0:
         return QUANTIZED_BROAD
-    if gated:
-        return QUANTIZED_UPRIGHT_PAIR
-    return QUANTIZED_MEDIUM if mean <= 112 else QUANTIZED_UPRIGHT
+    return QUANTIZED_UPRIGHT_PAIR if gated else QUANTIZED_UPRIGHT
 
 
 def _memory_bound(

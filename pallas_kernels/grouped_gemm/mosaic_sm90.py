@@ -15,16 +15,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_gemm.pipeline_sm90 import LOAD_REGISTERS, drain, multiply_registers
+from pallas_kernels.grouped_gemm.scattered_rows import (
+    ROWS_AT_ONCE,
+    ScatteredRows,
+    barrier_memory,
+    check_scattered,
+    pad_index,
+    round_up,
+)
 from pallas_kernels.grouped_gemm.store import activate, add_bias, store_memory, store_tile, tiled
 from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig, TileWalk
 
 
 def grouped_gemm(
-    lhs: Float[Array, "rows k"],
+    lhs: Float[Array, "lhs_rows k"],
     rhs: Float[Array, "layers groups k n"],
     group_sizes: Int[Array, "all_groups"],
     layer: Int[Array, ""] | int,
     *,
+    row_index: Int[Array, "rows"] | None = None,
     bias: Float[Array, "layers groups n"] | None = None,
     activation: str | None = None,
     first_group: Int[Array, ""] | int = 0,
@@ -35,14 +44,20 @@ def grouped_gemm(
 ) -> Float[Array, "rows out"]:
     """Multiplies each group's rows with that group's matrix; rows of absent groups are not written.
 
+    Row r is `lhs[row_index[r]]` where there is an index; groups then begin at whole blocks.
+
     Raises NotImplementedError for shapes and types that the kernel does not cover.
     """
     parts = 1 if activation is None else 2
     check_covered(lhs, rhs, config, activation)
+    if row_index is not None:
+        check_scattered(row_alignment)
     layers, groups, k, n = rhs.shape
-    rows = lhs.shape[0]
+    rows = lhs.shape[0] if row_index is None else row_index.size
     padding = -rows % BLOCK
-    lhs = jnp.pad(lhs, ((0, padding), (0, 0))) if padding else lhs
+    if row_index is None and padding:
+        lhs = jnp.pad(lhs, ((0, padding), (0, 0)))
+    counts_rows = row_index is not None and interpret is None
     kernel = plgpu.kernel(
         functools.partial(
             _kernel,
@@ -50,6 +65,7 @@ def grouped_gemm(
             activation=activation,
             row_alignment=row_alignment,
             config=config,
+            is_scattered=row_index is not None,
         ),
         out_type=jax.ShapeDtypeStruct((rows + padding, n // parts), lhs.dtype),
         grid=(num_sms,),
@@ -57,12 +73,17 @@ def grouped_gemm(
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=dict(
-            lhs_smem=tiled((config.stages, config.max_rows, config.block_k), lhs.dtype),
+            lhs_smem=tiled(
+                (config.stages, round_up(config.max_rows, ROWS_AT_ONCE), config.block_k), lhs.dtype
+            ),
             rhs_smem=tiled(
                 (config.stages, parts, config.block_k, config.columns // parts), rhs.dtype
             ),
             **store_memory(config, parts, lhs.dtype, row_alignment),
-            filled=plgpu.Barrier(num_arrivals=1 + parts, num_barriers=config.stages),
+            **({"row_barriers": barrier_memory(config.stages)} if counts_rows else {}),
+            filled=plgpu.Barrier(
+                num_arrivals=parts + (not counts_rows), num_barriers=config.stages
+            ),
             released=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
@@ -75,6 +96,7 @@ def grouped_gemm(
         group_sizes,
         jnp.asarray(layer, jnp.int32).reshape(1),
         jnp.asarray(first_group, jnp.int32).reshape(1),
+        *([] if row_index is None else [pad_index(row_index, config.max_rows)]),
         *([] if bias is None else [bias.reshape(layers * groups, n)]),
     )
     return out[:rows] if padding else out
@@ -96,11 +118,14 @@ def check_covered(lhs: Array, rhs: Array, config: TileConfig, activation: str | 
 
 
 def _kernel(
-    lhs_ref, rhs_ref, sizes_ref, layer_ref, first_ref, *bias_and_out,
+    lhs_ref, rhs_ref, sizes_ref, layer_ref, first_ref, *others,
     lhs_smem, rhs_smem, out_smem, filled, released,
-    groups: int, activation: str | None, row_alignment: int, config: TileConfig, edge_smem=None,
+    groups: int, activation: str | None, row_alignment: int, config: TileConfig,
+    is_scattered: bool, edge_smem=None, row_barriers=None,
 ):  # fmt: skip
-    *bias_ref, out_ref = bias_and_out
+    *others, out_ref = others
+    scattered = ScatteredRows(lhs_ref, others.pop(0), row_barriers) if is_scattered else None
+    bias_ref = others
     warpgroup = lax.axis_index("warpgroup")
     parts, _, part_columns = rhs_smem.shape[1:]
     walk = TileWalk(
@@ -114,8 +139,11 @@ def _kernel(
     def load():
         plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
         load_tile = functools.partial(
-            _load_tile, lhs_ref, rhs_ref, lhs_smem, rhs_smem, filled, released, k_steps, config
-        )
+            _load_tile,
+            lhs_ref, rhs_ref, lhs_smem, rhs_smem, filled, released, k_steps, config, scattered,
+        )  # fmt: skip
+        if scattered is not None:
+            scattered.start()
         drain(walk.for_each(load_tile), released)
 
     @pl.when(warpgroup < config.warpgroups)
@@ -124,7 +152,7 @@ def _kernel(
 
         def one_tile(rows, tile, step):
             sums, step = _multiply_tile(
-                lhs_smem, rhs_smem, filled, released, k_steps, config, rows, step
+                lhs_smem, rhs_smem, filled, released, k_steps, config, scattered, rows, step
             )
             part_width = config.width // parts
             column = tile.column + warpgroup * part_width
@@ -139,10 +167,12 @@ def _kernel(
 
 def _load_tile(
     lhs_ref, rhs_ref, lhs_smem, rhs_smem, filled, released,
-    k_steps: int, config: TileConfig, rows: int, tile: Tile, step: Array,
+    k_steps: int, config: TileConfig, scattered: ScatteredRows | None,
+    rows: int, tile: Tile, step: Array,
 ) -> Array:  # fmt: skip
     """Streams a tile's operands through the ring of stages."""
     parts, _, part_columns = rhs_smem.shape[1:]
+    tokens = None if scattered is None else scattered.tokens_of(tile, rows)
 
     def one_step(k_step, step):
         slot = lax.rem(step, config.stages)
@@ -159,6 +189,10 @@ def _load_tile(
                 rhs_smem.at[slot, part],
                 filled.at[slot],
             )
+        if scattered is not None and tokens is not None:
+            scattered.copy(lhs_smem.at[slot], tokens, k_step)
+            scattered.end_step(slot, filled)
+            return step + 1
         plgpu.copy_gmem_to_smem(
             lhs_ref.at[pl.ds(pl.multiple_of(tile.row, BLOCK), rows), k],
             lhs_smem.at[slot, pl.ds(0, rows)],
@@ -170,8 +204,9 @@ def _load_tile(
 
 
 def _multiply_tile(
-    lhs_smem, rhs_smem, filled, released, k_steps: int, config: TileConfig, rows: int, step: Array
-) -> tuple[list[Array], Array]:
+    lhs_smem, rhs_smem, filled, released, k_steps: int, config: TileConfig,
+    scattered: ScatteredRows | None, rows: int, step: Array,
+) -> tuple[list[Array], Array]:  # fmt: skip
     """Multiplies what `_load_tile` streams in: this warpgroup's columns of each part, and step."""
     parts = rhs_smem.shape[1]
     width = config.width // parts
@@ -184,6 +219,8 @@ def _multiply_tile(
         def one_step(k_step, step):
             slot = lax.rem(step, config.stages)
             plgpu.barrier_wait(filled.at[slot])
+            if scattered is not None:
+                scattered.wait(step, slot)
             for part in range(parts):
                 plgpu.wgmma(
                     sums[part],

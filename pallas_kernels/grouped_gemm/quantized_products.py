@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from pallas_kernels.grouped_gemm.quantize import SCALE_BLOCK
+from pallas_kernels.grouped_gemm.scattered_rows import ScatteredRows
 from pallas_kernels.grouped_gemm.tiles import Tile, TileConfig
 
 UNIT = 64
@@ -34,6 +35,14 @@ class Stages:
     """[matrices, n_blocks, k_blocks] in global memory."""
     filled: Any
     released: Any
+    scattered: ScatteredRows | None
+    """How rows get there if not by the copy engine."""
+
+    def wait(self, step: Array, slot: Array) -> None:
+        """Waits for what a step needs."""
+        plgpu.barrier_wait(self.filled.at[slot])
+        if self.scattered is not None:
+            self.scattered.wait(step, slot)
 
 
 def unit_columns(tile: Tile, n: int, parts: int, config: TileConfig) -> list[Array]:
@@ -120,7 +129,7 @@ def skip_tile(stages: Stages, step: Array) -> None:
 
     def one_step(k_step, _):
         slot = lax.rem(step + k_step, stages.filled.shape[0])
-        plgpu.barrier_wait(stages.filled.at[slot])
+        stages.wait(step + k_step, slot)
         plgpu.barrier_arrive(stages.released.at[slot])
 
     lax.fori_loop(0, stages.rhs_scales.shape[2], one_step, None)
@@ -142,9 +151,10 @@ def _accumulate(
     def one_step(k_step, carry):
         matrix_scales, totals = carry
         slot = lax.rem(step + k_step, stages.filled.shape[0])
-        # Read a step ahead: they come from memory.
+        stages.wait(step + k_step, slot)
+        # Read a step ahead: they come from memory. Not before the wait, whose fence would stand
+        # still for them.
         next_scales = read_matrix_scales(lax.min(k_step + 1, k_steps - 1))
-        plgpu.barrier_wait(stages.filled.at[slot])
 
         def multiply(*sums):
             return multiply_step(slot, matrix_scales, totals, *sums)

@@ -19,6 +19,14 @@ from pallas_kernels.grouped_gemm.quantized_products import (
     skip_tile,
     unit_columns,
 )
+from pallas_kernels.grouped_gemm.scattered_rows import (
+    ROWS_AT_ONCE,
+    ScatteredRows,
+    barrier_memory,
+    check_scattered,
+    pad_index,
+    round_up,
+)
 from pallas_kernels.grouped_gemm.store import (
     activate,
     add_bias,
@@ -36,6 +44,7 @@ def grouped_gemm(
     group_sizes: Int[Array, "all_groups"],
     layer: Int[Array, ""] | int,
     *,
+    row_index: Int[Array, "rows"] | None = None,
     bias: Float[Array, "layers groups n"] | None = None,
     activation: str | None = None,
     first_group: Int[Array, ""] | int = 0,
@@ -46,17 +55,24 @@ def grouped_gemm(
 ) -> Float[Array, "rows out"]:
     """Multiplies each group's rows with that group's matrix; rows of absent groups are not written.
 
+    Row r is that of `lhs` at `row_index[r]` where there is an index; groups then begin at whole
+    blocks.
+
     Raises NotImplementedError for shapes that the kernel does not cover.
     """
     parts = 1 if activation is None else 2
     check_covered(rhs, config, activation)
+    if row_index is not None:
+        check_scattered(row_alignment)
     layers, groups, n, k = rhs.values.shape
-    rows = lhs.values.shape[0]
-    padding = -rows % BLOCK
     values, scales = lhs
-    if padding:
+    rows = values.shape[0] if row_index is None else row_index.size
+    padding = -rows % BLOCK
+    if row_index is None and padding:
         values = jnp.pad(values, ((0, padding), (0, 0)))
         scales = jnp.pad(scales, ((0, 0), (0, padding)))
+    counts_rows = row_index is not None and interpret is None
+    arrivals = parts + (2 if row_index is None else not counts_rows)
     kernel = plgpu.kernel(
         functools.partial(
             _kernel,
@@ -64,6 +80,7 @@ def grouped_gemm(
             activation=activation,
             row_alignment=row_alignment,
             config=config,
+            is_scattered=row_index is not None,
         ),
         out_type=jax.ShapeDtypeStruct((rows + padding, n // parts), jnp.bfloat16),
         grid=(num_sms,),
@@ -71,12 +88,15 @@ def grouped_gemm(
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=dict(
-            lhs_smem=tiled((config.stages, config.max_rows, SCALE_BLOCK), values.dtype),
+            lhs_smem=tiled(
+                (config.stages, round_up(config.max_rows, ROWS_AT_ONCE), SCALE_BLOCK), values.dtype
+            ),
             rhs_smem=tiled((config.stages, config.columns, SCALE_BLOCK), values.dtype),
             # A copy's target begins at a multiple of 128 bytes.
-            scale_smem=plgpu.SMEM((config.stages, -(-config.max_rows // 32) * 32), jnp.float32),
+            scale_smem=plgpu.SMEM((config.stages, round_up(config.max_rows, 32)), jnp.float32),
             **store_memory(config, parts, jnp.dtype(jnp.bfloat16), row_alignment),
-            filled=plgpu.Barrier(num_arrivals=2 + parts, num_barriers=config.stages),
+            **({"row_barriers": barrier_memory(config.stages)} if counts_rows else {}),
+            filled=plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages),
             released=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
@@ -91,6 +111,7 @@ def grouped_gemm(
         group_sizes,
         jnp.asarray(layer, jnp.int32).reshape(1),
         jnp.asarray(first_group, jnp.int32).reshape(1),
+        *([] if row_index is None else [pad_index(row_index, config.max_rows)]),
         *([] if bias is None else [bias.reshape(layers * groups, n)]),
     )
     return out[:rows] if padding else out
@@ -113,11 +134,14 @@ def check_covered(rhs: QuantizedMatrices, config: TileConfig, activation: str | 
 
 
 def _kernel(
-    lhs_ref, lhs_scale_ref, rhs_ref, rhs_scale_ref, sizes_ref, layer_ref, first_ref, *bias_and_out,
+    lhs_ref, lhs_scale_ref, rhs_ref, rhs_scale_ref, sizes_ref, layer_ref, first_ref, *others,
     lhs_smem, rhs_smem, scale_smem, out_smem, filled, released,
-    groups: int, activation: str | None, row_alignment: int, config: TileConfig, edge_smem=None,
+    groups: int, activation: str | None, row_alignment: int, config: TileConfig,
+    is_scattered: bool, edge_smem=None, row_barriers=None,
 ):  # fmt: skip
-    *bias_ref, out_ref = bias_and_out
+    *others, out_ref = others
+    scattered = ScatteredRows(lhs_ref, others.pop(0), row_barriers) if is_scattered else None
+    bias_ref = others
     warpgroup = lax.axis_index("warpgroup")
     parts = 1 if activation is None else 2
     n, k_steps = rhs_ref.shape[1], rhs_scale_ref.shape[2]
@@ -128,13 +152,15 @@ def _kernel(
     )  # fmt: skip
     stages = Stages(
         lhs=lhs_smem, rhs=rhs_smem, lhs_scales=scale_smem, rhs_scales=rhs_scale_ref,
-        filled=filled, released=released,
+        filled=filled, released=released, scattered=scattered,
     )  # fmt: skip
 
     @pl.when(warpgroup == config.warpgroups)
     def load():
         plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
         load_tile = functools.partial(_load_tile, lhs_ref, lhs_scale_ref, rhs_ref, stages, parts)
+        if scattered is not None:
+            scattered.start()
         drain(walk.for_each(load_tile), released)
 
     @pl.when(warpgroup < config.warpgroups)
@@ -173,6 +199,8 @@ def _load_tile(
     """Streams a tile's operands through the ring of stages."""
     count, columns = stages.rhs.shape[:2]
     tile_rows = pl.ds(pl.multiple_of(tile.row, BLOCK), rows)
+    scattered = stages.scattered
+    tokens = None if scattered is None else scattered.tokens_of(tile, rows)
 
     def one_step(k_step, step):
         slot = lax.rem(step, count)
@@ -180,8 +208,9 @@ def _load_tile(
         @pl.when(step >= count)
         def _():
             plgpu.barrier_wait(stages.released.at[slot])
-            # Scales were read by ordinary loads; the copies that replace them come after those.
-            plgpu.commit_smem()
+            if scattered is None:
+                # Scales were read by ordinary loads; the copies that replace them come after those.
+                plgpu.commit_smem()
 
         k = pl.ds(k_step * SCALE_BLOCK, SCALE_BLOCK)
         filled = stages.filled.at[slot]
@@ -191,6 +220,12 @@ def _load_tile(
             source = rhs_ref.at[tile.weights, pl.ds(column, columns // parts), k]
             mine = pl.ds(part * (columns // parts), columns // parts)
             plgpu.copy_gmem_to_smem(source, stages.rhs.at[slot, mine], filled)
+        if scattered is not None and tokens is not None:
+            scattered.copy(stages.lhs.at[slot], tokens, k_step)
+            scales = stages.lhs_scales.at[slot]
+            scattered.copy_scales(lhs_scale_ref, scales, tokens, k_step)
+            scattered.end_step(slot, stages.filled)
+            return step + 1
         lhs, scales = lhs_ref.at[tile_rows, k], lhs_scale_ref.at[k_step, tile_rows]
         plgpu.copy_gmem_to_smem(lhs, stages.lhs.at[slot, pl.ds(0, rows)], filled)
         plgpu.copy_gmem_to_smem(scales, stages.lhs_scales.at[slot, pl.ds(0, rows)], filled)

@@ -8,7 +8,7 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend import backend
-from kernel_checks import assert_lowers_for_cuda, group_rows
+from kernel_checks import assert_lowers_for_cuda, group_rows, scatter
 
 import pallas_kernels
 from pallas_kernels import reference
@@ -36,6 +36,11 @@ SIZES = {
 }
 
 aligned = pytest.mark.parametrize("alignment", [1, 8])
+rows_lie = pytest.mark.parametrize(
+    "alignment, scattered",
+    [(1, False), (8, False), (8, True)],
+    ids=["side by side", "aligned", "scattered"],
+)
 
 
 def operands(
@@ -135,6 +140,24 @@ def test_hopper_kernel_agrees_with_float64_and_has_no_race(sizes, tiles, alignme
     assert not gpu_callbacks.get_races().races_found
 
 
+@pytest.mark.parametrize("tiles", TINY_TILES.values(), ids=TINY_TILES.keys())
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
+def test_hopper_kernel_fetches_scattered_rows_and_has_no_race(sizes, tiles):
+    lhs, rhs, group_sizes = operands(14, sizes, groups=len(sizes), alignment=8)
+    source, index = scatter(lhs)
+    options = {"row_index": index, "row_alignment": 8}
+    out = interpret(source, rhs, group_sizes, 1, config=tiles, **options)
+    assert_close(out, exact(lhs, rhs, sizes, 1, 0, alignment=8))
+    assert not gpu_callbacks.get_races().races_found
+
+
+def test_scattered_rows_need_groups_of_whole_blocks():
+    lhs, rhs, group_sizes = operands(15, [3, 5], groups=2)
+    source, index = scatter(lhs)
+    with pytest.raises(NotImplementedError, match="multiple of 8 for scattered rows, got row_al"):
+        interpret(source, rhs, group_sizes, 1, row_index=index, config=TINY_TILES["wide"])
+
+
 @aligned
 def test_hopper_kernel_takes_local_groups_of_a_larger_set(alignment):
     sizes = [1, 5, 0, 30, 2, 2]
@@ -170,14 +193,25 @@ def test_an_alignment_that_rows_cannot_have_is_refused(alignment, message):
         pallas_kernels.grouped_gemm(lhs, rhs, group_sizes, 1, row_alignment=alignment)
 
 
+@aligned
+def test_without_a_gpu_scattered_rows_are_gathered_first(alignment):
+    sizes = [3, 0, 5]
+    lhs, rhs, group_sizes = operands(15, sizes, groups=3, alignment=alignment)
+    source, index = scatter(lhs)
+    out = pallas_kernels.grouped_gemm(
+        source, rhs, group_sizes, 1, row_index=index, row_alignment=alignment
+    )
+    assert_close(out, exact(lhs, rhs, sizes, 1, 0, alignment=alignment))
+
+
 def interpret(*args, **kwargs):
     params = plgpu.InterpretGPUParams(detect_races=True)
     return mosaic_sm90.grouped_gemm(*args, **kwargs, num_sms=2, interpret=params)
 
 
-@aligned
+@rows_lie
 @pytest.mark.parametrize("name, activation", SHIPPED)
-def test_every_shipped_configuration_lowers_for_cuda(name, activation, alignment):
+def test_every_shipped_configuration_lowers_for_cuda(name, activation, alignment, scattered):
     run = functools.partial(
         mosaic_sm90.grouped_gemm,
         activation=activation, row_alignment=alignment, config=configs.NAMED[name], num_sms=132,
@@ -188,8 +222,10 @@ def test_every_shipped_configuration_lowers_for_cuda(name, activation, alignment
         jax.ShapeDtypeStruct((128,), jnp.int32),
         jax.ShapeDtypeStruct((), jnp.int32),
     )
-    bias = jax.ShapeDtypeStruct((2, 128, 1536), jnp.bfloat16)
-    assert_lowers_for_cuda(run, *arguments, bias=bias)
+    options = {"bias": jax.ShapeDtypeStruct((2, 128, 1536), jnp.bfloat16)}
+    if scattered:
+        options["row_index"] = jax.ShapeDtypeStruct((4096,), jnp.int32)
+    assert_lowers_for_cuda(run, *arguments, **options)
 
 
 def test_program_does_not_grow_with_the_number_of_groups():
@@ -247,7 +283,7 @@ def test_large_groups_begin_at_whole_blocks_where_the_kernel_runs(monkeypatch):
     assert pallas_kernels.preferred_row_alignment(1000.0) == 1
     hopper = SimpleNamespace(platform="gpu", compute_capability="9.0")
     monkeypatch.setattr(backend, "get_default_device", lambda: hopper)
-    assert pallas_kernels.preferred_row_alignment(1000.0) == 8
+    assert pallas_kernels.preferred_row_alignment(8.0) == 8
     assert pallas_kernels.preferred_row_alignment(1.0) == 1
 
 
@@ -270,15 +306,19 @@ def test_an_activation_needs_an_even_number_of_columns():
 
 
 @pytest.mark.gpu
-@aligned
+@rows_lie
 @pytest.mark.parametrize("name, activation", SHIPPED)
-def test_on_a_gpu_every_shipped_configuration_agrees_with_float64(name, activation, alignment):
+def test_on_a_gpu_every_shipped_configuration_agrees_with_float64(
+    name, activation, alignment, scattered
+):
     sizes = np.random.default_rng(7).multinomial(1000, np.ones(16) / 16).tolist()
     sizes[3] = 0
     lhs, rhs, group_sizes = operands(8, sizes, groups=16, k=256, n=512, alignment=alignment)
     bias = random_bias(13, rhs)
+    source, index = scatter(lhs) if scattered else (lhs, None)
     out = mosaic_sm90.grouped_gemm(
-        lhs, rhs, group_sizes, 1, bias=bias, activation=activation, row_alignment=alignment,
+        source, rhs, group_sizes, 1, row_index=index, bias=bias, activation=activation,
+        row_alignment=alignment,
         config=configs.NAMED[name], num_sms=jax.devices()[0].core_count,
     )  # fmt: skip
     assert_close(out, exact(lhs, rhs, sizes, 1, 0, bias, activation, alignment))

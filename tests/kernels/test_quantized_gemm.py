@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_checks import assert_lowers_for_cuda, group_rows
+from kernel_checks import assert_lowers_for_cuda, group_rows, scatter
 
 import pallas_kernels
 from pallas_kernels import QuantizedMatrices, QuantizedRows, quantize_matrices, quantize_rows
@@ -36,6 +36,11 @@ SIZES = {
 
 
 aligned = pytest.mark.parametrize("alignment", [1, 8])
+rows_lie = pytest.mark.parametrize(
+    "alignment, scattered",
+    [(1, False), (8, False), (8, True)],
+    ids=["side by side", "aligned", "scattered"],
+)
 
 
 def operands(seed: int, sizes: list[int], *, k: int = 256, n: int = 256, alignment: int = 1):
@@ -77,6 +82,11 @@ def exact(lhs, rhs, sizes, layer, bias=None, activation=None, first_group=0, ali
     if activation is None:
         return out
     return np.asarray(ACTIVATIONS[activation](*jnp.split(jnp.asarray(out), 2, axis=1)), np.float64)
+
+
+def scatter_quantized(lhs: QuantizedRows) -> tuple[QuantizedRows, jax.Array]:
+    values, index = scatter(lhs.values)
+    return QuantizedRows(values, scatter(lhs.scales.T)[0].T), index
 
 
 def random_bias(seed: int, rhs: QuantizedMatrices):
@@ -150,6 +160,17 @@ def test_hopper_kernel_agrees_with_float64_and_has_no_race(sizes, tiles, alignme
     assert not gpu_callbacks.get_races().races_found
 
 
+@pytest.mark.parametrize("tiles", ["narrow", "wide"])
+def test_hopper_kernel_fetches_scattered_rows_and_has_no_race(tiles):
+    sizes = SIZES["empty groups and single rows"]
+    lhs, rhs, group_sizes = operands(12, sizes, alignment=8)
+    source, index = scatter_quantized(lhs)
+    options: dict[str, Any] = {"config": TINY_TILES[tiles], "row_alignment": 8}
+    out = interpret(source, rhs, group_sizes, 1, row_index=index, **options)
+    assert_close(out, exact(lhs, rhs, sizes, 1, alignment=8))
+    assert not gpu_callbacks.get_races().races_found
+
+
 @pytest.mark.parametrize("upright", [False, True], ids=["across", "upright"])
 def test_hopper_kernel_adds_the_bias_and_fuses_the_activation(upright):
     sizes = [3, 0, 13, 1]
@@ -174,9 +195,9 @@ def test_hopper_kernel_takes_local_groups_of_a_larger_set():
     assert np.isnan(np.asarray(out)[:2]).all() and np.isnan(np.asarray(out)[41:]).all()
 
 
-@aligned
+@rows_lie
 @pytest.mark.parametrize("name, activation", SHIPPED)
-def test_every_shipped_configuration_lowers_for_cuda(name, activation, alignment):
+def test_every_shipped_configuration_lowers_for_cuda(name, activation, alignment, scattered):
     run = functools.partial(
         quantized_sm90.grouped_gemm, activation=activation, row_alignment=alignment,
         config=configs.QUANTIZED[name], num_sms=132,
@@ -190,8 +211,18 @@ def test_every_shipped_configuration_lowers_for_cuda(name, activation, alignment
         shape((128,), jnp.int32),
         shape((), jnp.int32),
     )
-    bias = shape((2, 128, 1536), jnp.bfloat16)
-    assert_lowers_for_cuda(run, *arguments, bias=bias)
+    options = {"bias": shape((2, 128, 1536), jnp.bfloat16)}
+    if scattered:
+        options["row_index"] = shape((4096,), jnp.int32)
+    assert_lowers_for_cuda(run, *arguments, **options)
+
+
+def test_without_a_gpu_scattered_rows_are_gathered_first():
+    sizes = [3, 0, 5]
+    lhs, rhs, group_sizes = operands(13, sizes)
+    source, index = scatter_quantized(lhs)
+    out = pallas_kernels.grouped_gemm(source, rhs, group_sizes, 1, row_index=index)
+    assert_close(out, exact(lhs, rhs, sizes, 1))
 
 
 @pytest.mark.parametrize("rows", [1, 128, 300, 1000, 16384])
@@ -230,15 +261,19 @@ def test_operands_of_two_kinds_are_refused_with_what_to_do():
 
 
 @pytest.mark.gpu
-@aligned
+@rows_lie
 @pytest.mark.parametrize("name, activation", SHIPPED)
-def test_on_a_gpu_every_shipped_configuration_agrees_with_float64(name, activation, alignment):
+def test_on_a_gpu_every_shipped_configuration_agrees_with_float64(
+    name, activation, alignment, scattered
+):
     sizes = np.random.default_rng(9).multinomial(700, np.ones(16) / 16).tolist()
     sizes[3:6] = 0, 1, 300
     lhs, rhs, group_sizes = operands(10, sizes, k=512, n=512, alignment=alignment)
     bias = random_bias(11, rhs)
+    source, index = scatter_quantized(lhs) if scattered else (lhs, None)
     out = quantized_sm90.grouped_gemm(
-        lhs, rhs, group_sizes, 1, bias=bias, activation=activation, row_alignment=alignment,
+        source, rhs, group_sizes, 1, row_index=index, bias=bias, activation=activation,
+        row_alignment=alignment,
         config=configs.QUANTIZED[name], num_sms=jax.devices()[0].core_count,
     )  # fmt: skip
     assert_close(out, exact(lhs, rhs, sizes, 1, bias, activation, alignment=alignment))

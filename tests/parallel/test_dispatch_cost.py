@@ -50,10 +50,10 @@ def compile_dispatch(method: Dispatch, load: ExpertLoad, plan: ParallelPlan) -> 
     }
     shapes = {"gate_up": (1, slots, embed, 2, ffn), "down": (1, slots, ffn, embed)}
 
-    def compute(rows, group_sizes, slot_of_row, params, layer):
+    def compute(x, x_of_row, group_sizes, slot_of_row, params, layer):
         width = params["gate_up"].shape[-1]
         gate_up = params["gate_up"].reshape(*params["gate_up"].shape[:3], 2 * width)
-        hidden = grouped_gemm(rows, gate_up, group_sizes, layer)
+        hidden = grouped_gemm(x, gate_up, group_sizes, layer, row_index=x_of_row)
         gated = hidden[:, :width] * hidden[:, width:]
         return grouped_gemm(gated, params["down"], group_sizes, layer)
 

@@ -89,15 +89,15 @@ class Layer:
         return out
 
 
-def compute(rows, group_sizes, slot_of_row, params, layer, row_alignment=1):
+def compute(x, x_of_row, group_sizes, slot_of_row, params, layer, row_alignment=1):
     """Two products; padding comes back as NaN."""
     multiply = partial(grouped_gemm, row_alignment=row_alignment)
-    hidden = multiply(rows, params["up"], group_sizes, layer)
+    hidden = multiply(x, params["up"], group_sizes, layer, row_index=x_of_row)
     hidden = jax.nn.relu(hidden + params["bias"][layer, slot_of_row])
     out = multiply(hidden, params["down"], group_sizes, layer)
     before = jnp.cumsum(group_sizes) - group_sizes
     begins = group_begin(before, jnp.arange(group_sizes.size), row_alignment)[:, None]
-    row = jnp.arange(rows.shape[0])
+    row = jnp.arange(hidden.shape[0])
     real = ((row >= begins) & (row < begins + group_sizes[:, None])).any(0)
     return jnp.where(real[:, None], out, jnp.nan)
 
