@@ -19,6 +19,7 @@ from pallas_kernels.grouped_gemm import (
     route_sm90,
     sort_sm90,
 )
+from pallas_kernels.grouped_gemm.tiles import BLOCK
 from pallas_kernels.paged_attention import decode_sm90, mla_decode_sm90, prefill_sm90
 from pallas_kernels.paged_attention.configs import decode_config, mla_config, prefill_config
 
@@ -55,9 +56,11 @@ def shipped_kernels() -> Iterator[Program]:
         for name, config in configs.NAMED.items():
             if activation is None or config.width % 128 == 0:
                 yield _grouped_gemm(name, activation)
+                yield _grouped_gemm(name, activation, scattered=True)
         for name, config in configs.QUANTIZED.items():
             if activation is None or config.width == 128:
                 yield _quantized_gemm(name, activation)
+                yield _quantized_gemm(name, activation, scattered=True)
     yield _expert_rows()
     yield "quantize_rows", quantize_sm90.quantize_rows, (_shape((256, 7168)),)
     for tokens in (1, 64, 8192):
@@ -119,26 +122,37 @@ def _latent_decode() -> Program:
     return "latent decode, 128 heads of 512", run, arguments
 
 
-def _grouped_gemm(name: str, activation: str | None) -> Program:
-    run = functools.partial(
-        mosaic_sm90.grouped_gemm,
-        activation=activation, config=configs.NAMED[name], num_sms=NUM_SMS,
-    )  # fmt: skip
+def _grouped_gemm(name: str, activation: str | None, *, scattered: bool = False) -> Program:
+    kernel = functools.partial(mosaic_sm90.grouped_gemm, config=configs.NAMED[name])
     arguments = _shape((ROWS, K)), _shape((2, EXPERTS, K, N)), *_groups()
-    return f"grouped GEMM, {name}, {activation}", run, arguments
+    name = f"grouped GEMM, {name}, {activation}"
+    return _with_index(name, kernel, arguments, activation, scattered)
 
 
-def _quantized_gemm(name: str, activation: str | None) -> Program:
-    run = functools.partial(
-        quantized_sm90.grouped_gemm,
-        activation=activation, config=configs.QUANTIZED[name], num_sms=NUM_SMS,
-    )  # fmt: skip
+def _quantized_gemm(name: str, activation: str | None, *, scattered: bool = False) -> Program:
+    kernel = functools.partial(quantized_sm90.grouped_gemm, config=configs.QUANTIZED[name])
     narrow, wide = jnp.float8_e4m3fn, jnp.float32
     rows = QuantizedRows(_shape((ROWS, K), narrow), _shape((K // 128, ROWS), wide))
     matrices = QuantizedMatrices(
         _shape((2, EXPERTS, N, K), narrow), _shape((2, EXPERTS, N // 128, K // 128), wide)
     )
-    return f"grouped GEMM in float8, {name}, {activation}", run, (rows, matrices, *_groups())
+    name = f"grouped GEMM in float8, {name}, {activation}"
+    return _with_index(name, kernel, (rows, matrices, *_groups()), activation, scattered)
+
+
+def _with_index(
+    name: str, kernel: Callable[..., Any], arguments: tuple, activation: str | None, scattered: bool
+) -> Program:
+    """A grouped product of rows in order or, with an index, of rows that lie anywhere."""
+    options: dict[str, Any] = dict(activation=activation, num_sms=NUM_SMS)
+    if not scattered:
+        return name, functools.partial(kernel, **options), arguments
+
+    def run(lhs: Any, rhs: Any, sizes: Any, layer: Any, index: Any) -> Any:
+        return kernel(lhs, rhs, sizes, layer, row_index=index, row_alignment=BLOCK, **options)
+
+    index = _shape((8 * ROWS,), jnp.int32)
+    return f"{name}, scattered rows", run, (*arguments, index)
 
 
 def _groups() -> tuple[Any, Any]:
