@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.activation import ACTIVATIONS
-from pallas_kernels.grouped_gemm.pipeline_sm90 import LOAD_REGISTERS, drain
+from pallas_kernels.grouped_gemm.pipeline_sm90 import drain, load_registers
 from pallas_kernels.grouped_gemm.store import tiled
 from pallas_kernels.registers import store_registers
 
@@ -130,7 +130,7 @@ def _kernel(
 
     @pl.when(warpgroup == 2)
     def load():
-        plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+        plgpu.set_max_registers(load_registers(2), action="decrease")
 
         def first(row, weights, unit, step):
             del row

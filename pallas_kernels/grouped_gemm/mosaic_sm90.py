@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_gemm.pipeline_sm90 import LOAD_REGISTERS, drain, multiply_registers
+from pallas_kernels.grouped_gemm.pipeline_sm90 import drain, load_registers, multiply_registers
 from pallas_kernels.grouped_gemm.scattered_rows import (
     ROWS_AT_ONCE,
     ScatteredRows,
@@ -137,7 +137,7 @@ def _kernel(
 
     @pl.when(warpgroup == config.warpgroups)
     def load():
-        plgpu.set_max_registers(LOAD_REGISTERS, action="decrease")
+        plgpu.set_max_registers(load_registers(config.warpgroups), action="decrease")
         load_tile = functools.partial(
             _load_tile,
             lhs_ref, rhs_ref, lhs_smem, rhs_smem, filled, released, k_steps, config, scattered,
