@@ -24,6 +24,7 @@ from jax import lax
 from benchmarks import timing
 from benchmarks.timing import compile_all
 from pallas_kernels.grouped_gemm import MIN_ALIGNED_ROWS, configs, mosaic_sm90
+from pallas_kernels.grouped_gemm.quantize import take_rows
 from pallas_kernels.grouped_gemm.tiles import BLOCK
 from pallas_kernels.groups import group_begin, room_for
 
@@ -88,11 +89,6 @@ class Shape:
         lhs = jax.random.normal(keys[0], (self.rows, self.k), jnp.bfloat16)
         rhs = jax.random.normal(keys[1], (1, self.groups, self.k, self.n), jnp.bfloat16)
         return lhs, rhs * jnp.bfloat16(self.k**-0.5)
-
-    @staticmethod
-    def pick_rows(lhs: Any, rows: np.ndarray) -> Any:
-        """These rows of the operand."""
-        return lhs[rows]
 
     @staticmethod
     def exact_row(lhs: Any, rhs: Any, row: jax.Array, group: jax.Array) -> jax.Array:
@@ -236,7 +232,7 @@ def _measure_shape(shape: Shape, compiled: dict, limits: dict[str, float]) -> li
                     raise program
                 alignment = _row_alignment(shape, name)
                 places, rows_of_places = _places(sizes, alignment)
-                placed = lhs if alignment == 1 else shape.pick_rows(lhs, rows_of_places)
+                placed = lhs if alignment == 1 else take_rows(lhs, jnp.asarray(rows_of_places))
                 arguments = (*jax.tree.leaves((placed, rhs)), jnp.asarray(sizes))
                 row["error"] = _error(program, arguments, shape, places, picked, want)
                 us = timing.kernel_microseconds(program, *arguments)

@@ -61,10 +61,6 @@ class QuantizedShape(grouped_gemm.Shape):
         )
 
     @staticmethod
-    def pick_rows(lhs: QuantizedRows, rows: np.ndarray) -> QuantizedRows:
-        return QuantizedRows(lhs.values[rows], lhs.scales[:, rows])
-
-    @staticmethod
     def exact_row(
         lhs: QuantizedRows, rhs: QuantizedMatrices, row: jax.Array, group: jax.Array
     ) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A whole expert layer: sort, gather, gate and up, activation, down, combine; router or not.
+"""A whole expert layer: sort, gate and up with activation, down, combine; router or not.
 
 Layers run one after the other in one program, each with its own routing and a residual, as in a
 model; times are those of one layer. `us` is the wall clock, launches and gaps included, `kernel_us`
@@ -20,7 +20,14 @@ import numpy as np
 from benchmarks import timing
 from benchmarks.grouped_gemm import Shape
 from benchmarks.grouped_gemm_float8 import QuantizedShape, float8_tflops
-from benchmarks.grouped_gemm_layer_programs import CHAIN, VARIANTS, Variant, chain_layers, route
+from benchmarks.grouped_gemm_layer_programs import (
+    CHAIN,
+    SHIPPED,
+    VARIANTS,
+    Variant,
+    chain_layers,
+    route,
+)
 from benchmarks.timing import compile_all
 from pallas_kernels import quantize_matrices
 from pallas_kernels.activation import ACTIVATIONS
@@ -29,6 +36,8 @@ from pallas_kernels.grouped_gemm.configs import MAX_UNSORTED_TOKENS
 
 __all__ = ["SHAPES", "compile_all", "lower", "measure"]
 
+ROUND_SECONDS = 0.1
+"""How long calls follow each other, at least three and at most twenty of them."""
 CHECKED = 8
 """Tokens whose results are compared with float32."""
 
@@ -60,10 +69,10 @@ class Layer:
         )
         return common(k=self.embed, n=2 * self.ffn), common(k=self.ffn, n=self.embed)
 
-    def variants(self) -> Iterator[Variant]:
-        """Those that differ for this layer."""
+    def variants(self, *, tune: bool) -> Iterator[Variant]:
+        """Those that differ for this layer: what ships and, to tune, what might be faster."""
         rows = self.tokens * self.top_k
-        for variant in VARIANTS:
+        for variant in VARIANTS if tune else SHIPPED:
             differs = not variant.routed or self.top_k > 1
             many = rows >= MIN_ALIGNED_ROWS * self.experts
             differs &= variant.aligned in (None, not many) and (many or not variant.gathered)
@@ -114,9 +123,9 @@ SHAPES = (
 
 
 def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
-    """Writes every program of the benchmark into a folder; there is nothing to tune."""
+    """Writes every program of the benchmark into a folder."""
     for index, layer in enumerate(SHAPES):
-        for variant in layer.variants():
+        for variant in layer.variants(tune=tune):
             path = folder / f"{index:02d}~{variant.name}.bin"
             if not path.exists():
                 program = partial(chain_layers, variant=variant, num_sms=num_sms)
@@ -140,7 +149,7 @@ def _measure_layer(layer: Layer, compiled: dict, limits: dict[str, float]) -> li
     experts = layer.choose_experts(seed)
     x, routers, gates, weights = _random_arrays(layer, seed)
     rows = []
-    for variant in layer.variants():
+    for variant in layer.variants(tune=True):
         program = compiled.get(variant.name)
         if program is None:
             continue
@@ -207,13 +216,15 @@ def _exact_tokens(x, experts, gates, gate_up, down):
     return x + jnp.sum(results * gates[0, :CHECKED, :, None], axis=1)
 
 
-def _wall_microseconds(program, arguments: tuple, repeats: int = 20) -> float:
+def _wall_microseconds(program, arguments: tuple) -> float:
     """Median over rounds of the time of one layer, calls following each other without a pause."""
-    times = []
-    for _ in range(5):
+
+    def seconds_a_call(calls: int) -> float:
         begin = time.perf_counter()
-        for _ in range(repeats):
+        for _ in range(calls):
             out = program(*arguments)
         jax.block_until_ready(out)
-        times.append(1e6 * (time.perf_counter() - begin) / repeats / CHAIN)
-    return statistics.median(times)
+        return (time.perf_counter() - begin) / calls
+
+    calls = min(20, max(3, round(ROUND_SECONDS / seconds_a_call(1))))
+    return 1e6 * statistics.median(seconds_a_call(calls) for _ in range(5)) / CHAIN

@@ -19,7 +19,7 @@ from pallas_kernels.grouped_gemm import (
     sort_sm90,
 )
 from pallas_kernels.grouped_gemm.configs import config_for, go_unsorted, quantized_config_for
-from pallas_kernels.grouped_gemm.quantize import quantize_rows_by_xla
+from pallas_kernels.grouped_gemm.quantize import quantize_rows_by_xla, take_rows
 from pallas_kernels.grouped_gemm.route import route_tokens_by_xla
 from pallas_kernels.grouped_gemm.sort import sort_rows_by_xla
 from pallas_kernels.grouped_gemm.tiles import BLOCK
@@ -54,17 +54,20 @@ class Variant:
         return BLOCK if (many if self.aligned is None else self.aligned) else 1
 
 
-VARIANTS = (
+SHIPPED = (
     Variant(name="llmjax"),
+    Variant(name="llmjax, with router", routed=True),
+    Variant(name="llmjax, float8", float8=True),
+)
+VARIANTS = (
+    *SHIPPED,
     Variant(name="llmjax, activation apart", fused=False),
     Variant(name="llmjax, gathered first", gathered=True),
     Variant(name="llmjax, rows sorted", unsorted=False),
     Variant(name="llmjax, experts side by side", aligned=False),
     Variant(name="llmjax, experts aligned", aligned=True),
-    Variant(name="llmjax, float8", float8=True),
     Variant(name="llmjax, float8, gathered first", float8=True, gathered=True),
     Variant(name="llmjax, sort by XLA", ordered=False),
-    Variant(name="llmjax, with router", routed=True),
     Variant(name="llmjax, with router, router and sort by XLA", routed=True, ordered=False),
 )
 
@@ -112,7 +115,7 @@ def expert_layer(x, experts, gates, gate_up, down, *, variant: Variant, num_sms:
     multiply = partial(_multiply, sizes=order.sizes, num_sms=num_sms, row_alignment=row_alignment)
     rows, index = _quantize(x) if variant.float8 else x, order.row // experts.shape[1]
     if variant.gathered or row_alignment == 1:
-        rows, index = _gather(rows, index), None
+        rows, index = take_rows(rows, index), None
     if variant.fused:
         hidden = multiply(rows, gate_up, row_index=index, activation="silu")
     else:
@@ -135,13 +138,6 @@ def _goes_unsorted(x, experts, gate_up, down, variant: Variant) -> bool:
     except NotImplementedError:
         return False
     return go_unsorted(*experts.shape, experts=gate_up.shape[1])
-
-
-def _gather(x: jax.Array | QuantizedRows, index) -> jax.Array | QuantizedRows:
-    if isinstance(x, QuantizedRows):
-        scales = x.scales.at[:, index].get(mode="promise_in_bounds")
-        return QuantizedRows(x.values.at[index].get(mode="promise_in_bounds"), scales)
-    return x.at[index].get(mode="promise_in_bounds")
 
 
 def _quantize(x: jax.Array) -> QuantizedRows:

@@ -165,12 +165,18 @@ compare_rules(plans)
 
 # %%
 def run_experts(
-    rows: jax.Array, group_sizes: jax.Array, expert_of_row: jax.Array, weights: dict, layer: int
+    x: jax.Array,
+    token_of_row: jax.Array,
+    group_sizes: jax.Array,
+    expert_of_row: jax.Array,
+    weights: dict,
+    layer: int,
 ) -> jax.Array:
-    """What a device's experts make of their rows."""
+    """What a device's experts make of their rows, each one of the tokens."""
     layers, experts, embed, _, ffn = weights["gate_up"].shape
     fused = weights["gate_up"].reshape(layers, experts, embed, 2 * ffn)
-    hidden = grouped_gemm(rows, fused, group_sizes, layer, activation="silu")
+    options = {"row_index": token_of_row, "activation": "silu"}
+    hidden = grouped_gemm(x, fused, group_sizes, layer, **options)
     return grouped_gemm(hidden, weights["down"], group_sizes, layer)
 
 

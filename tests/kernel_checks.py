@@ -91,9 +91,17 @@ def assert_lowers_for_cuda(run: Callable, *arguments: Any, **named: Any) -> None
     assert "mosaic_gpu" in lowered.as_text()
 
 
-def scatter(rows: Any) -> tuple[Any, jax.Array]:
-    """The same rows in another order among some of NaN, and where each one is."""
-    count = rows.shape[0]
-    places = np.random.default_rng(count).permutation(2 * count)[:count]
-    scattered = jnp.full((2 * count, *rows.shape[1:]), jnp.nan, rows.dtype).at[places].set(rows)
-    return scattered, jnp.asarray(places, jnp.int32)
+def scatter(*arrays: Any) -> tuple[list[Any], jax.Array, list[Any]]:
+    """Rows in any order among some of NaN, an index, and what it finds, some rows several times.
+
+    Rows that are not finite in the first array are not looked for.
+    """
+    rng, count = np.random.default_rng(0), arrays[0].shape[0]
+    finite = np.flatnonzero(np.isfinite(np.asarray(arrays[0], np.float32)).all(1))
+    drawn = rng.choice(finite, count) if finite.size else np.zeros(count, int)
+    places = rng.permutation(2 * count)[:count]
+    scattered = [
+        jnp.full((2 * count, *rows.shape[1:]), jnp.nan, rows.dtype).at[places].set(rows)
+        for rows in arrays
+    ]
+    return scattered, jnp.asarray(places[drawn], jnp.int32), [rows[drawn] for rows in arrays]

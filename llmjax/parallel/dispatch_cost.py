@@ -83,7 +83,8 @@ def sent_bytes(method: Dispatch, load: ExpertLoad, *, rules: Rules) -> int:
 def buffer_bytes(method: Dispatch, load: ExpertLoad, *, rules: Rules) -> int:
     """Bytes of a device's buffers for one layer, as if none shared memory.
 
-    They are those of the worst routing. Gate, up and their product count as features of an expert.
+    They are those of the worst routing. Gate, up and their product count as features of an expert,
+    and tokens that a kernel fetches row by row as if they had been gathered.
     """
     sizes = _Sizes.of(load, rules)
     held = min(load.top_k, load.num_slots // sizes.experts)

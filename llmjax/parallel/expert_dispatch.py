@@ -187,7 +187,8 @@ def run_rows(
     x, x_of_row = tokens.x, rows.token
     if scale_inputs:
         scale = tokens.gates[rows.token, rows.choice].astype(jnp.float32)
-        x, x_of_row = (x[rows.token] * scale[:, None]).astype(x.dtype), None
+        inputs = x.at[rows.token].get(mode="promise_in_bounds")
+        x, x_of_row = (inputs * scale[:, None]).astype(x.dtype), None
     results = compute(x, x_of_row, rows.sizes, rows.slot, params, layer)
     # Gathered by pair, not scattered by row: the order of the sum is then always the same.
     return add_pairs(tokens, results[rows.row_of_pair], rows.held, gated=not scale_inputs)

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend import backend
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
@@ -16,6 +17,7 @@ from pallas_kernels.grouped_gemm.quantize import (
     check_divides,
     quantize_matrices,
     quantize_rows_by_xla,
+    take_rows,
 )
 from pallas_kernels.grouped_gemm.route import Router, route_tokens_by_xla
 from pallas_kernels.grouped_gemm.sort import SortedRows, sort_rows_by_xla
@@ -42,7 +44,9 @@ __all__ = [
 IMPLEMENTATIONS = ("mosaic_sm90", "reference")
 MIN_ALIGNED_ROWS = 8
 """Rows of a group, on average, from which on groups should begin at multiples of `BLOCK`: fewer
-are read and written sooner side by side than in blocks of their own."""
+are read and written sooner side by side than in blocks of their own. That is where the first
+product fetches its rows by `row_index`, which it can with such groups only; the product alone gains
+from some 30 rows on."""
 
 
 def grouped_gemm(
@@ -77,7 +81,7 @@ def grouped_gemm(
     work follows the rows too (`lax.ragged_dot` on CUDA multiplies every row with every group).
     Naming one raises NotImplementedError for what it does not cover.
     """
-    _check_arguments(lhs, rhs, activation, implementation)
+    _check_arguments(lhs, rhs, row_index, activation, implementation)
     lhs_rows = (lhs.values if isinstance(lhs, QuantizedRows) else lhs).shape[0]
     room = lhs_rows if row_index is None else row_index.size
     groups = group_sizes.size
@@ -104,10 +108,10 @@ def grouped_gemm(
         else:
             picks.log_pick("grouped_gemm", "mosaic_sm90", device)
             if row_index is not None and not has_whole_blocks(row_alignment):
-                lhs, row_index = _gather(lhs, row_index), None
+                lhs, row_index = take_rows(lhs, row_index), None
             return kernel(lhs, rhs, group_sizes, layer, row_index=row_index, **options)
     if row_index is not None:
-        lhs = _gather(lhs, row_index)
+        lhs = take_rows(lhs, row_index)
     if isinstance(lhs, QuantizedRows) and isinstance(rhs, QuantizedMatrices):
         return reference.quantized_grouped_gemm(*lhs, *rhs, group_sizes, layer, **options)
     assert not isinstance(lhs, QuantizedRows) and not isinstance(rhs, QuantizedMatrices)
@@ -179,7 +183,8 @@ def route_tokens(
 
 
 def preferred_row_alignment(rows_a_group: float) -> int:
-    """The `row_alignment` of `sort_rows` and `grouped_gemm` that is fastest here."""
+    """The `row_alignment` of `sort_rows` that is fastest here for experts of two products, of which
+    the first fetches its rows by `row_index`."""
     is_better = rows_a_group >= MIN_ALIGNED_ROWS and picks.is_hopper(backend.get_default_device())
     return BLOCK if is_better else 1
 
@@ -247,14 +252,6 @@ def _try_kernel(
     return result
 
 
-def _gather(lhs: Any, index: Array) -> Any:
-    """Rows in the order of an index, each with its scales."""
-    if isinstance(lhs, QuantizedRows):
-        scales = lhs.scales.at[:, index].get(mode="promise_in_bounds")
-        return QuantizedRows(_gather(lhs.values, index), scales)
-    return lhs.at[index].get(mode="promise_in_bounds")
-
-
 def _check_implementation(implementation: str | None, kernel: str) -> None:
     """Raises ValueError if there is none of that name."""
     if implementation not in (None, kernel, "reference"):
@@ -270,7 +267,9 @@ def _check_alignment(row_alignment: int) -> None:
         raise ValueError(f"row_alignment={row_alignment} is no power of two; use 1 or 8")
 
 
-def _check_arguments(lhs, rhs, activation: str | None, implementation: str | None) -> None:
+def _check_arguments(
+    lhs, rhs, row_index, activation: str | None, implementation: str | None
+) -> None:
     """Raises ValueError for what no implementation takes."""
     _check_implementation(implementation, "mosaic_sm90")
     if activation not in (None, *ACTIVATIONS):
@@ -283,7 +282,19 @@ def _check_arguments(lhs, rhs, activation: str | None, implementation: str | Non
             "QuantizedMatrices are multiplied with QuantizedRows, which quantize_rows makes, and "
             f"arrays with arrays; got {type(lhs).__name__} and {type(rhs).__name__}"
         )
-    n = rhs.values.shape[2] if quantized else rhs.shape[3]
+    n, k = rhs.values.shape[2:] if quantized else rhs.shape[:1:-1]
+    lhs_k = (lhs.values if isinstance(lhs, QuantizedRows) else lhs).shape[1]
+    if lhs_k != k:
+        raise ValueError(
+            f"lhs has rows of {lhs_k} features and rhs matrices of {k}; they must agree"
+        )
+    if row_index is not None and not (
+        row_index.ndim == 1 and jnp.issubdtype(row_index.dtype, jnp.integer)
+    ):
+        raise ValueError(
+            f"row_index holds one integer for each row, got {row_index.dtype} of shape "
+            f"{row_index.shape}"
+        )
     if activation is not None and n % 2:
         raise ValueError(
             f"activation={activation!r} needs as many columns of gate as of up, so an even number "

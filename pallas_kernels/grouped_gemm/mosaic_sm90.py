@@ -14,14 +14,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_gemm.pipeline_sm90 import drain, load_registers, multiply_registers
+from pallas_kernels.grouped_gemm.pipeline_sm90 import (
+    drain,
+    launch,
+    load_registers,
+    multiply_registers,
+)
 from pallas_kernels.grouped_gemm.scattered_rows import (
-    ROWS_AT_ONCE,
     ScatteredRows,
-    barrier_memory,
     check_scattered,
-    pad_index,
-    round_up,
+    rows_at_once,
 )
 from pallas_kernels.grouped_gemm.store import activate, add_bias, store_memory, store_tile, tiled
 from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig, TileWalk
@@ -57,47 +59,29 @@ def grouped_gemm(
     padding = -rows % BLOCK
     if row_index is None and padding:
         lhs = jnp.pad(lhs, ((0, padding), (0, 0)))
-    counts_rows = row_index is not None and interpret is None
-    kernel = plgpu.kernel(
+    out = launch(
         functools.partial(
-            _kernel,
-            groups=groups,
-            activation=activation,
-            row_alignment=row_alignment,
-            config=config,
-            is_scattered=row_index is not None,
+            _kernel, groups=groups, activation=activation, row_alignment=row_alignment
         ),
-        out_type=jax.ShapeDtypeStruct((rows + padding, n // parts), lhs.dtype),
-        grid=(num_sms,),
-        grid_names=("worker",),
-        num_threads=config.warpgroups + 1,
-        thread_name="warpgroup",
-        scratch_types=dict(
-            lhs_smem=tiled(
-                (config.stages, round_up(config.max_rows, ROWS_AT_ONCE), config.block_k), lhs.dtype
-            ),
+        [lhs, rhs.reshape(layers * groups, k, n), group_sizes],
+        jax.ShapeDtypeStruct((rows + padding, n // parts), lhs.dtype),
+        dict(
+            lhs_smem=tiled((config.stages, rows_at_once(config), config.block_k), lhs.dtype),
             rhs_smem=tiled(
                 (config.stages, parts, config.block_k, config.columns // parts), rhs.dtype
             ),
             **store_memory(config, parts, lhs.dtype, row_alignment),
-            **({"row_barriers": barrier_memory(config.stages)} if counts_rows else {}),
-            filled=plgpu.Barrier(
-                num_arrivals=parts + (not counts_rows), num_barriers=config.stages
-            ),
-            released=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
         ),
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        kernel_name="grouped_gemm",
+        row_copies=1,
+        other_copies=parts,
+        layer=layer,
+        first_group=first_group,
+        row_index=row_index,
+        bias=None if bias is None else bias.reshape(layers * groups, n),
+        config=config,
+        num_sms=num_sms,
+        name="grouped_gemm",
         interpret=interpret,
-    )
-    out = kernel(
-        lhs,
-        rhs.reshape(layers * groups, k, n),
-        group_sizes,
-        jnp.asarray(layer, jnp.int32).reshape(1),
-        jnp.asarray(first_group, jnp.int32).reshape(1),
-        *([] if row_index is None else [pad_index(row_index, config.max_rows)]),
-        *([] if bias is None else [bias.reshape(layers * groups, n)]),
     )
     return out[:rows] if padding else out
 

@@ -1,9 +1,9 @@
 """Eight-bit operands with scales in blocks: the format of DeepSeek-V3 (2024, section 3.3.2)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float8e4m3fn
+from jaxtyping import Array, Float, Float8e4m3fn, Int
 
 SCALE_BLOCK = 128
 """Elements of a row, and rows and columns of a matrix, that share a scale."""
@@ -19,6 +19,14 @@ class QuantizedRows(NamedTuple):
     values: Float8e4m3fn[Array, "rows k"]
     scales: Float[Array, "blocks rows"]
     """What values are multiplied with, block by block: the kernel reads many rows of one block."""
+
+
+def take_rows(rows: Any, index: Int[Array, "rows"]) -> Any:
+    """Rows of an array, or of `QuantizedRows` with scales, at an index of rows that exist."""
+    if isinstance(rows, QuantizedRows):
+        scales = rows.scales.at[:, index].get(mode="promise_in_bounds")
+        return QuantizedRows(take_rows(rows.values, index), scales)
+    return rows.at[index].get(mode="promise_in_bounds")
 
 
 class QuantizedMatrices(NamedTuple):

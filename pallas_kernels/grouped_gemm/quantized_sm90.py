@@ -9,7 +9,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_gemm.pipeline_sm90 import drain, load_registers, multiply_registers
+from pallas_kernels.grouped_gemm.pipeline_sm90 import (
+    drain,
+    launch,
+    load_registers,
+    multiply_registers,
+)
 from pallas_kernels.grouped_gemm.quantize import SCALE_BLOCK, QuantizedMatrices, QuantizedRows
 from pallas_kernels.grouped_gemm.quantized_products import (
     UNIT,
@@ -20,12 +25,11 @@ from pallas_kernels.grouped_gemm.quantized_products import (
     unit_columns,
 )
 from pallas_kernels.grouped_gemm.scattered_rows import (
-    ROWS_AT_ONCE,
+    MAX_SCALES,
     ScatteredRows,
-    barrier_memory,
     check_scattered,
-    pad_index,
     round_up,
+    rows_at_once,
 )
 from pallas_kernels.grouped_gemm.store import (
     activate,
@@ -64,6 +68,11 @@ def grouped_gemm(
     check_covered(rhs, config, activation)
     if row_index is not None:
         check_scattered(row_alignment)
+        if config.max_rows > MAX_SCALES:
+            raise NotImplementedError(
+                f"needs tiles of at most {MAX_SCALES} rows for scattered rows with scales, got "
+                f"{config.max_rows}"
+            )
     layers, groups, n, k = rhs.values.shape
     values, scales = lhs
     rows = values.shape[0] if row_index is None else row_index.size
@@ -71,48 +80,35 @@ def grouped_gemm(
     if row_index is None and padding:
         values = jnp.pad(values, ((0, padding), (0, 0)))
         scales = jnp.pad(scales, ((0, 0), (0, padding)))
-    counts_rows = row_index is not None and interpret is None
-    arrivals = parts + (2 if row_index is None else not counts_rows)
-    kernel = plgpu.kernel(
+    out = launch(
         functools.partial(
-            _kernel,
-            groups=groups,
-            activation=activation,
-            row_alignment=row_alignment,
-            config=config,
-            is_scattered=row_index is not None,
+            _kernel, groups=groups, activation=activation, row_alignment=row_alignment
         ),
-        out_type=jax.ShapeDtypeStruct((rows + padding, n // parts), jnp.bfloat16),
-        grid=(num_sms,),
-        grid_names=("worker",),
-        num_threads=config.warpgroups + 1,
-        thread_name="warpgroup",
-        scratch_types=dict(
-            lhs_smem=tiled(
-                (config.stages, round_up(config.max_rows, ROWS_AT_ONCE), SCALE_BLOCK), values.dtype
-            ),
+        [
+            values,
+            scales,
+            rhs.values.reshape(layers * groups, n, k),
+            rhs.scales.reshape(layers * groups, *rhs.scales.shape[2:]),
+            group_sizes,
+        ],
+        jax.ShapeDtypeStruct((rows + padding, n // parts), jnp.bfloat16),
+        dict(
+            lhs_smem=tiled((config.stages, rows_at_once(config), SCALE_BLOCK), values.dtype),
             rhs_smem=tiled((config.stages, config.columns, SCALE_BLOCK), values.dtype),
             # A copy's target begins at a multiple of 128 bytes.
             scale_smem=plgpu.SMEM((config.stages, round_up(config.max_rows, 32)), jnp.float32),
             **store_memory(config, parts, jnp.dtype(jnp.bfloat16), row_alignment),
-            **({"row_barriers": barrier_memory(config.stages)} if counts_rows else {}),
-            filled=plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.stages),
-            released=plgpu.Barrier(num_arrivals=config.warpgroups, num_barriers=config.stages),
         ),
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        kernel_name="grouped_gemm_float8",
+        row_copies=2,
+        other_copies=parts,
+        layer=layer,
+        first_group=first_group,
+        row_index=row_index,
+        bias=None if bias is None else bias.reshape(layers * groups, n),
+        config=config,
+        num_sms=num_sms,
+        name="grouped_gemm_float8",
         interpret=interpret,
-    )
-    out = kernel(
-        values,
-        scales,
-        rhs.values.reshape(layers * groups, n, k),
-        rhs.scales.reshape(layers * groups, *rhs.scales.shape[2:]),
-        group_sizes,
-        jnp.asarray(layer, jnp.int32).reshape(1),
-        jnp.asarray(first_group, jnp.int32).reshape(1),
-        *([] if row_index is None else [pad_index(row_index, config.max_rows)]),
-        *([] if bias is None else [bias.reshape(layers * groups, n)]),
     )
     return out[:rows] if padding else out
 

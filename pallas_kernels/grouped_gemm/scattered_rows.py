@@ -19,7 +19,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Int
 
-from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, has_whole_blocks
+from pallas_kernels.grouped_gemm.store import swizzle
+from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig, has_whole_blocks
 
 STEP_BYTES = 128
 """Bytes of a row that a step takes: a line of the swizzle, eight lines of which repeat."""
@@ -27,6 +28,8 @@ THREADS = 128
 BARRIER_WORDS = 2
 ROWS_AT_ONCE = 16
 """Rows of which the threads of a warpgroup copy a step's part together."""
+MAX_SCALES = THREADS
+"""Rows of a tile that may have scales: a thread copies one."""
 
 EIGHT_A_ROW = plgpu.Layout.TILED(
     plgpu.Tiling(((ROWS_AT_ONCE,), (4,), (1,))),
@@ -49,6 +52,11 @@ def check_scattered(row_alignment: int) -> None:
 def pad_index(index: Int[Array, "rows"], max_rows: int) -> Int[Array, "more_rows"]:
     """An index with as much behind it as a tile of at most so many rows reads past its end."""
     return jnp.pad(index.astype(jnp.int32), (0, round_up(max_rows, ROWS_AT_ONCE)))
+
+
+def rows_at_once(config: TileConfig) -> int:
+    """Rows of a stage: those of the largest tile and what is copied with them."""
+    return round_up(config.max_rows, ROWS_AT_ONCE)
 
 
 def round_up(rows: int, unit: int) -> int:
@@ -83,21 +91,24 @@ class ScatteredRows:
         depth = STEP_BYTES // jnp.dtype(target.dtype).itemsize
         if self.barriers is None:
             k = pl.ds(k_step * depth, depth)
-            for row in range(tokens.shape[0]):
+
+            def copy_row(row, _):
                 target.at[pl.ds(row, 1)][...] = self.source.at[pl.ds(tokens[row], 1), k][...]
+
+            lax.fori_loop(0, tokens.shape[0], copy_row, None)
             return
-        transforms = (
-            plgpu.TilingTransform((8, depth)),  # pyright: ignore[reportAbstractUsage]
-            plgpu.SwizzleTransform(STEP_BYTES),  # pyright: ignore[reportAbstractUsage]
-        )
-        arg_types = plgpu.RefType(), plgpu.RefType(transforms), EIGHT_A_ROW, plgpu.Layout.WG_SPLAT
+        swizzled = plgpu.RefType(swizzle(target.dtype))
+        arg_types = plgpu.RefType(), swizzled, EIGHT_A_ROW, plgpu.Layout.WG_SPLAT
         _inline(_copy_rows, arg_types)(self.source, target, tokens, k_step)
 
     def copy_scales(self, scales: Any, target: Any, tokens: Array, k_step: Array) -> None:
-        """Begins to copy one step's scales, of [k_steps, tokens], of up to 128 rows to `target`."""
+        """Begins to copy one step's scales, of [k_steps, tokens], to `target` [rows]."""
         if self.barriers is None:
-            for row in range(tokens.shape[0]):
+
+            def copy_scale(row, _):
                 target.at[pl.ds(row, 1)][...] = scales.at[k_step, pl.ds(tokens[row], 1)][...]
+
+            lax.fori_loop(0, tokens.shape[0], copy_scale, None)
             return
         arg_types = plgpu.RefType(), plgpu.RefType(), EIGHT_A_ROW, plgpu.Layout.WG_SPLAT
         _inline(_copy_scales, arg_types)(scales, target, tokens, k_step)

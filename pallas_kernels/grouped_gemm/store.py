@@ -19,13 +19,18 @@ UPRIGHT = 64
 """Rows of a warpgroup where rows stand upright."""
 
 
-def tiled(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
-    """Shared memory in the swizzled tiles that wgmma reads and TMA fills without bank conflicts."""
-    transforms = (
+def swizzle(dtype: jnp.dtype) -> tuple[Any, ...]:
+    """How shared memory holds what wgmma reads: in blocks of rows by 128 bytes, whose chunks of 16
+    are permuted from row to row."""
+    return (
         plgpu.TilingTransform((BLOCK, 128 // jnp.dtype(dtype).itemsize)),  # pyright: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
     )
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def tiled(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
+    """Shared memory in the swizzled tiles that wgmma reads and TMA fills without bank conflicts."""
+    return plgpu.SMEM(shape, dtype, transforms=swizzle(dtype))
 
 
 def store_memory(
@@ -105,7 +110,7 @@ def store_rows(
     """Copies staged rows out to `row` on, leaving alone those of neighbouring groups.
 
     Columns past the last are dropped. There is no memory for edges where no two groups share a
-    block; it is free where earlier tiles' rows have left it.
+    block; with `edges_are_free`, no earlier tile's rows are still leaving through it.
     """
     count, width = staged.shape
     row, column = pl.multiple_of(row, BLOCK), pl.multiple_of(column, 64)

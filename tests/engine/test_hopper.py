@@ -107,7 +107,7 @@ def build(folder, family):
         max_batch_size=2,
         max_num_tokens=512,
         batch_buckets=(2,),
-        # So many that an expert of Qwen3's has 64 rows, from where on they are aligned.
+        # So many that experts have blocks of their own, whose rows the first product fetches.
         token_buckets=(512,),
         kv_cache_max_tokens=1024,
     )
