@@ -23,9 +23,8 @@ from jax import lax
 
 from benchmarks import timing
 from benchmarks.timing import compile_all
-from pallas_kernels.grouped_gemm import MIN_ALIGNED_ROWS, configs, mosaic_sm90
+from pallas_kernels.grouped_gemm import configs, mosaic_sm90
 from pallas_kernels.grouped_gemm.quantize import take_rows
-from pallas_kernels.grouped_gemm.tiles import BLOCK
 from pallas_kernels.groups import group_begin, room_for
 
 __all__ = ["SHAPES", "compile_all", "lower", "measure", "rates"]
@@ -62,7 +61,7 @@ class Shape:
     @property
     def row_alignment(self) -> int:
         """What the engine lets each group begin at a multiple of."""
-        return BLOCK if self.rows >= MIN_ALIGNED_ROWS * self.groups else 1
+        return configs.row_alignment_for(self.rows / self.groups)
 
     def flops(self) -> float:
         return 2.0 * self.rows * self.k * self.n

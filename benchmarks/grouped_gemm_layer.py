@@ -31,8 +31,7 @@ from benchmarks.grouped_gemm_layer_programs import (
 from benchmarks.timing import compile_all
 from pallas_kernels import quantize_matrices
 from pallas_kernels.activation import ACTIVATIONS
-from pallas_kernels.grouped_gemm import MIN_ALIGNED_ROWS
-from pallas_kernels.grouped_gemm.configs import MAX_UNSORTED_TOKENS
+from pallas_kernels.grouped_gemm.configs import MAX_UNSORTED_TOKENS, row_alignment_for
 
 __all__ = ["SHAPES", "compile_all", "lower", "measure"]
 
@@ -74,7 +73,7 @@ class Layer:
         rows = self.tokens * self.top_k
         for variant in VARIANTS if tune else SHIPPED:
             differs = not variant.routed or self.top_k > 1
-            many = rows >= MIN_ALIGNED_ROWS * self.experts
+            many = row_alignment_for(rows / self.experts) > 1
             differs &= variant.aligned in (None, not many) and (many or not variant.gathered)
             differs &= variant.unsorted or self.tokens <= MAX_UNSORTED_TOKENS
             if differs:

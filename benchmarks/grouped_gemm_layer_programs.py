@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from pallas_kernels import QuantizedMatrices, QuantizedRows
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import (
-    MIN_ALIGNED_ROWS,
     Router,
     few_rows_sm90,
     mosaic_sm90,
@@ -18,7 +17,12 @@ from pallas_kernels.grouped_gemm import (
     route_sm90,
     sort_sm90,
 )
-from pallas_kernels.grouped_gemm.configs import config_for, go_unsorted, quantized_config_for
+from pallas_kernels.grouped_gemm.configs import (
+    config_for,
+    go_unsorted,
+    quantized_config_for,
+    row_alignment_for,
+)
 from pallas_kernels.grouped_gemm.quantize import quantize_rows_by_xla, take_rows
 from pallas_kernels.grouped_gemm.route import route_tokens_by_xla
 from pallas_kernels.grouped_gemm.sort import sort_rows_by_xla
@@ -50,8 +54,9 @@ class Variant:
 
     def row_alignment(self, rows: int, groups: int) -> int:
         """What the rows of each group begin at a multiple of."""
-        many = rows >= MIN_ALIGNED_ROWS * groups
-        return BLOCK if (many if self.aligned is None else self.aligned) else 1
+        if self.aligned is None:
+            return row_alignment_for(rows / groups)
+        return BLOCK if self.aligned else 1
 
 
 SHIPPED = (

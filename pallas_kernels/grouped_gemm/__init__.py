@@ -10,7 +10,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from pallas_kernels import picks, reference
 from pallas_kernels.activation import ACTIVATIONS
-from pallas_kernels.grouped_gemm.configs import config_for, go_unsorted, quantized_config_for
+from pallas_kernels.grouped_gemm.configs import (
+    config_for,
+    go_unsorted,
+    quantized_config_for,
+    row_alignment_for,
+)
 from pallas_kernels.grouped_gemm.quantize import (
     QuantizedMatrices,
     QuantizedRows,
@@ -21,7 +26,7 @@ from pallas_kernels.grouped_gemm.quantize import (
 )
 from pallas_kernels.grouped_gemm.route import Router, route_tokens_by_xla
 from pallas_kernels.grouped_gemm.sort import SortedRows, sort_rows_by_xla
-from pallas_kernels.grouped_gemm.tiles import BLOCK, has_whole_blocks
+from pallas_kernels.grouped_gemm.tiles import has_whole_blocks
 from pallas_kernels.groups import room_for, rows_held
 
 __all__ = [
@@ -42,11 +47,6 @@ __all__ = [
 # Kernels are imported where they are chosen: Mosaic takes two seconds, which a CPU need not wait.
 
 IMPLEMENTATIONS = ("mosaic_sm90", "reference")
-MIN_ALIGNED_ROWS = 8
-"""Rows of a group, on average, from which on groups should begin at multiples of `BLOCK`: fewer
-are read and written sooner side by side than in blocks of their own. That is where the first
-product fetches its rows by `row_index`, which it can with such groups only; the product alone gains
-from some 30 rows on."""
 
 
 def grouped_gemm(
@@ -185,8 +185,8 @@ def route_tokens(
 def preferred_row_alignment(rows_a_group: float) -> int:
     """The `row_alignment` of `sort_rows` that is fastest here for experts of two products, of which
     the first fetches its rows by `row_index`."""
-    is_better = rows_a_group >= MIN_ALIGNED_ROWS and picks.is_hopper(backend.get_default_device())
-    return BLOCK if is_better else 1
+    is_hopper = picks.is_hopper(backend.get_default_device())
+    return row_alignment_for(rows_a_group) if is_hopper else 1
 
 
 def sort_rows(

@@ -6,7 +6,7 @@ Measured on an H200 by `python -m benchmarks.kernels --op grouped_gemm --tune`, 
 
 import math
 
-from pallas_kernels.grouped_gemm.tiles import TileConfig
+from pallas_kernels.grouped_gemm.tiles import BLOCK, TileConfig
 
 NARROW = TileConfig(row_tiles=(8, 16, 32), warpgroups=1, stages=12)
 """64 columns, the fewest that any matrix must have."""
@@ -54,6 +54,18 @@ MAX_UNSORTED_TOKENS = 4
 """Tokens up to which one launch for both products beats sorted rows and a launch for each."""
 EXPERTS_A_ROW = 4
 """Experts that there must be for each row: rows that share one would read its weights again."""
+
+
+MIN_ALIGNED_ROWS = 8
+"""Rows of a group, on average, from which on groups should begin at multiples of `BLOCK`: fewer
+are read and written sooner side by side than in blocks of their own. That is where the first
+product fetches its rows by `row_index`, which it can with such groups only; the product alone gains
+from some 30 rows on."""
+
+
+def row_alignment_for(rows_a_group: float) -> int:
+    """What groups of so many rows on average should begin at a multiple of."""
+    return BLOCK if rows_a_group >= MIN_ALIGNED_ROWS else 1
 
 
 def go_unsorted(tokens: int, choices: int, *, experts: int) -> bool:

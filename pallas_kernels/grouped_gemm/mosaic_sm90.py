@@ -23,7 +23,7 @@ from pallas_kernels.grouped_gemm.pipeline_sm90 import (
 from pallas_kernels.grouped_gemm.scattered_rows import (
     ScatteredRows,
     check_scattered,
-    rows_at_once,
+    stage_rows,
 )
 from pallas_kernels.grouped_gemm.store import activate, add_bias, store_memory, store_tile, tiled
 from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig, TileWalk
@@ -66,7 +66,7 @@ def grouped_gemm(
         [lhs, rhs.reshape(layers * groups, k, n), group_sizes],
         jax.ShapeDtypeStruct((rows + padding, n // parts), lhs.dtype),
         dict(
-            lhs_smem=tiled((config.stages, rows_at_once(config), config.block_k), lhs.dtype),
+            lhs_smem=tiled((config.stages, stage_rows(config), config.block_k), lhs.dtype),
             rhs_smem=tiled(
                 (config.stages, parts, config.block_k, config.columns // parts), rhs.dtype
             ),
@@ -156,7 +156,7 @@ def _load_tile(
 ) -> Array:  # fmt: skip
     """Streams a tile's operands through the ring of stages."""
     parts, _, part_columns = rhs_smem.shape[1:]
-    tokens = None if scattered is None else scattered.tokens_of(tile, rows)
+    scattered_rows = None if scattered is None else scattered.of_tile(tile, rows)
 
     def one_step(k_step, step):
         slot = lax.rem(step, config.stages)
@@ -173,9 +173,9 @@ def _load_tile(
                 rhs_smem.at[slot, part],
                 filled.at[slot],
             )
-        if scattered is not None and tokens is not None:
-            scattered.copy(lhs_smem.at[slot], tokens, k_step)
-            scattered.end_step(slot, filled)
+        if scattered_rows is not None:
+            scattered_rows.copy(lhs_smem.at[slot], k_step)
+            scattered_rows.rows.end_step(slot, filled)
             return step + 1
         plgpu.copy_gmem_to_smem(
             lhs_ref.at[pl.ds(pl.multiple_of(tile.row, BLOCK), rows), k],

@@ -152,8 +152,7 @@ def _accumulate(
         matrix_scales, totals = carry
         slot = lax.rem(step + k_step, stages.filled.shape[0])
         stages.wait(step + k_step, slot)
-        # Read a step ahead: they come from memory. Not before the wait, whose fence would stand
-        # still for them.
+        # Read a step ahead: they come from memory.
         next_scales = read_matrix_scales(lax.min(k_step + 1, k_steps - 1))
 
         def multiply(*sums):

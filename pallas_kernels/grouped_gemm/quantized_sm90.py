@@ -28,8 +28,7 @@ from pallas_kernels.grouped_gemm.scattered_rows import (
     MAX_SCALES,
     ScatteredRows,
     check_scattered,
-    round_up,
-    rows_at_once,
+    stage_rows,
 )
 from pallas_kernels.grouped_gemm.store import (
     activate,
@@ -39,7 +38,7 @@ from pallas_kernels.grouped_gemm.store import (
     store_upright,
     tiled,
 )
-from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig, TileWalk
+from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig, TileWalk, round_up
 
 
 def grouped_gemm(
@@ -93,7 +92,7 @@ def grouped_gemm(
         ],
         jax.ShapeDtypeStruct((rows + padding, n // parts), jnp.bfloat16),
         dict(
-            lhs_smem=tiled((config.stages, rows_at_once(config), SCALE_BLOCK), values.dtype),
+            lhs_smem=tiled((config.stages, stage_rows(config), SCALE_BLOCK), values.dtype),
             rhs_smem=tiled((config.stages, config.columns, SCALE_BLOCK), values.dtype),
             # A copy's target begins at a multiple of 128 bytes.
             scale_smem=plgpu.SMEM((config.stages, round_up(config.max_rows, 32)), jnp.float32),
@@ -196,7 +195,7 @@ def _load_tile(
     count, columns = stages.rhs.shape[:2]
     tile_rows = pl.ds(pl.multiple_of(tile.row, BLOCK), rows)
     scattered = stages.scattered
-    tokens = None if scattered is None else scattered.tokens_of(tile, rows)
+    scattered_rows = None if scattered is None else scattered.of_tile(tile, rows)
 
     def one_step(k_step, step):
         slot = lax.rem(step, count)
@@ -216,11 +215,10 @@ def _load_tile(
             source = rhs_ref.at[tile.weights, pl.ds(column, columns // parts), k]
             mine = pl.ds(part * (columns // parts), columns // parts)
             plgpu.copy_gmem_to_smem(source, stages.rhs.at[slot, mine], filled)
-        if scattered is not None and tokens is not None:
-            scattered.copy(stages.lhs.at[slot], tokens, k_step)
-            scales = stages.lhs_scales.at[slot]
-            scattered.copy_scales(lhs_scale_ref, scales, tokens, k_step)
-            scattered.end_step(slot, stages.filled)
+        if scattered_rows is not None:
+            scattered_rows.copy(stages.lhs.at[slot], k_step)
+            scattered_rows.copy_scales(lhs_scale_ref, stages.lhs_scales.at[slot], k_step)
+            scattered_rows.rows.end_step(slot, stages.filled)
             return step + 1
         lhs, scales = lhs_ref.at[tile_rows, k], lhs_scale_ref.at[k_step, tile_rows]
         plgpu.copy_gmem_to_smem(lhs, stages.lhs.at[slot, pl.ds(0, rows)], filled)

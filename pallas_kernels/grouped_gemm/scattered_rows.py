@@ -20,7 +20,8 @@ from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Int
 
 from pallas_kernels.grouped_gemm.store import swizzle
-from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig, has_whole_blocks
+from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig, has_whole_blocks, round_up
+from pallas_kernels.inlined import i32, number
 
 STEP_BYTES = 128
 """Bytes of a row that a step takes: a line of the swizzle, eight lines of which repeat."""
@@ -54,14 +55,9 @@ def pad_index(index: Int[Array, "rows"], max_rows: int) -> Int[Array, "more_rows
     return jnp.pad(index.astype(jnp.int32), (0, round_up(max_rows, ROWS_AT_ONCE)))
 
 
-def rows_at_once(config: TileConfig) -> int:
+def stage_rows(config: TileConfig) -> int:
     """Rows of a stage: those of the largest tile and what is copied with them."""
     return round_up(config.max_rows, ROWS_AT_ONCE)
-
-
-def round_up(rows: int, unit: int) -> int:
-    """The multiple of a unit that holds so many rows."""
-    return -(-rows // unit) * unit
 
 
 @dataclass(frozen=True)
@@ -81,37 +77,10 @@ class ScatteredRows:
             _inline(_make_barriers, (plgpu.RefType(),))(self.barriers)
             plgpu.commit_smem()
 
-    def tokens_of(self, tile: Tile, rows: int) -> Array:
-        """Which rows of the source stand in a tile."""
+    def of_tile(self, tile: Tile, rows: int) -> "TileRows":
+        """The rows of a tile."""
         rows_of_tile = self.index.at[pl.ds(tile.row, round_up(rows, ROWS_AT_ONCE))]
-        return plgpu.load(rows_of_tile, layout=EIGHT_A_ROW, optimized=False)
-
-    def copy(self, target: Any, tokens: Array, k_step: Array) -> None:
-        """Begins to copy one step's part of the rows to `target` [rows, 128 bytes]."""
-        depth = STEP_BYTES // jnp.dtype(target.dtype).itemsize
-        if self.barriers is None:
-            k = pl.ds(k_step * depth, depth)
-
-            def copy_row(row, _):
-                target.at[pl.ds(row, 1)][...] = self.source.at[pl.ds(tokens[row], 1), k][...]
-
-            lax.fori_loop(0, tokens.shape[0], copy_row, None)
-            return
-        swizzled = plgpu.RefType(swizzle(target.dtype))
-        arg_types = plgpu.RefType(), swizzled, EIGHT_A_ROW, plgpu.Layout.WG_SPLAT
-        _inline(_copy_rows, arg_types)(self.source, target, tokens, k_step)
-
-    def copy_scales(self, scales: Any, target: Any, tokens: Array, k_step: Array) -> None:
-        """Begins to copy one step's scales, of [k_steps, tokens], to `target` [rows]."""
-        if self.barriers is None:
-
-            def copy_scale(row, _):
-                target.at[pl.ds(row, 1)][...] = scales.at[k_step, pl.ds(tokens[row], 1)][...]
-
-            lax.fori_loop(0, tokens.shape[0], copy_scale, None)
-            return
-        arg_types = plgpu.RefType(), plgpu.RefType(), EIGHT_A_ROW, plgpu.Layout.WG_SPLAT
-        _inline(_copy_scales, arg_types)(scales, target, tokens, k_step)
+        return TileRows(self, plgpu.load(rows_of_tile, layout=EIGHT_A_ROW, optimized=False))
 
     def end_step(self, slot: Array, filled: Any) -> None:
         """Lets the copies of a step, once they have come, count at the barrier of its slot."""
@@ -135,6 +104,44 @@ class ScatteredRows:
             _inline(_wait, arg_types)(self.barriers, slot, phase)
 
 
+@dataclass(frozen=True)
+class TileRows:
+    """The scattered rows of one tile."""
+
+    rows: ScatteredRows
+    tokens: Array
+    """Which row of the source each is."""
+
+    def copy(self, target: Any, k_step: Array) -> None:
+        """Begins to copy one step's part of the rows to `target` [rows, 128 bytes]."""
+        source, tokens = self.rows.source, self.tokens
+        depth = STEP_BYTES // jnp.dtype(target.dtype).itemsize
+        if self.rows.barriers is None:
+            k = pl.ds(k_step * depth, depth)
+
+            def copy_row(row, _):
+                target.at[pl.ds(row, 1)][...] = source.at[pl.ds(tokens[row], 1), k][...]
+
+            lax.fori_loop(0, tokens.shape[0], copy_row, None)
+            return
+        swizzled = plgpu.RefType(swizzle(target.dtype))
+        arg_types = plgpu.RefType(), swizzled, EIGHT_A_ROW, plgpu.Layout.WG_SPLAT
+        _inline(_copy_rows, arg_types)(source, target, tokens, k_step)
+
+    def copy_scales(self, scales: Any, target: Any, k_step: Array) -> None:
+        """Begins to copy one step's scales, of [k_steps, tokens], to `target` [rows]."""
+        tokens = self.tokens
+        if self.rows.barriers is None:
+
+            def copy_scale(row, _):
+                target.at[pl.ds(row, 1)][...] = scales.at[k_step, pl.ds(tokens[row], 1)][...]
+
+            lax.fori_loop(0, tokens.shape[0], copy_scale, None)
+            return
+        arg_types = plgpu.RefType(), plgpu.RefType(), EIGHT_A_ROW, plgpu.Layout.WG_SPLAT
+        _inline(_copy_scales, arg_types)(scales, target, tokens, k_step)
+
+
 def barrier_memory(stages: int) -> Any:
     """The shared memory of a barrier for each stage."""
     return plgpu.SMEM((stages * BARRIER_WORDS,), jnp.int32)
@@ -153,10 +160,10 @@ def _inline(write: Callable[..., None], arg_types: tuple[Any, ...]) -> Callable[
 
 
 def _make_barriers(barriers: Any) -> None:
-    is_first = arith.cmpi(arith.CmpIPredicate.eq, _thread(), _i32(0))
+    is_first = arith.cmpi(arith.CmpIPredicate.eq, _thread(), number(0))
     (words,) = ir.MemRefType(barriers.type).shape
     for word in range(0, words, BARRIER_WORDS):
-        address = arith.addi(_address(barriers), _i32(4 * word))
+        address = arith.addi(_address(barriers), number(4 * word))
         code = f"@$0 mbarrier.init.shared::cta.b64 [$1], {THREADS};"
         _assemble(code, [is_first, address], "b,r,~{memory}")
 
@@ -187,13 +194,13 @@ def _barrier(barriers: Any, slot: Any) -> Any:
 def _copy_rows(source: Any, target: Any, tokens: Any, k_step: Any) -> None:
     """What one thread copies: the same 16 bytes of every sixteenth row."""
     row, chunk = _row_and_chunk()
-    swizzled = arith.xori(chunk, arith.remui(row, _i32(8)))
+    swizzled = arith.xori(chunk, arith.remui(row, number(8)))
     place = _sum(_address(target), _product(row, STEP_BYTES), _product(swizzled, 16))
     offset = _sum(_product(k_step.registers.item(), STEP_BYTES), _product(chunk, 16))
     begin = arith.addi(_address(source), _widened(offset))
     row_bytes = ir.MemRefType(source.type).shape[1] * _itemsize(source)
     for index, token in enumerate(tokens.registers.flat):
-        here = arith.addi(place, _i32(index * ROWS_AT_ONCE * STEP_BYTES))
+        here = arith.addi(place, number(index * ROWS_AT_ONCE * STEP_BYTES))
         address = arith.addi(begin, _product(_widened(token), row_bytes))
         code = "cp.async.cg.shared.global.L2::128B [$0], [$1], 16;"
         _assemble(code, [here, address], "r,l,~{memory}")
@@ -204,25 +211,25 @@ def _copy_scales(scales: Any, target: Any, tokens: Any, k_step: Any) -> None:
     row, chunk = _row_and_chunk()
     mine, *others = (_widened(token) for token in tokens.registers.flat)
     for index, token in enumerate(others, start=1):
-        is_mine = arith.cmpi(arith.CmpIPredicate.eq, chunk, _i32(index))
+        is_mine = arith.cmpi(arith.CmpIPredicate.eq, chunk, number(index))
         mine = arith.select(is_mine, token, mine)
     row = arith.addi(row, _product(chunk, ROWS_AT_ONCE))
     _, all_rows = ir.MemRefType(scales.type).shape
     skipped = _product(_widened(k_step.registers.item()), 4 * all_rows)
     address = _sum(_address(scales), skipped, _product(mine, 4))
     here = arith.addi(_address(target), _product(row, 4))
-    is_there = arith.cmpi(arith.CmpIPredicate.ult, row, _i32(tokens.shape[0]))
+    is_there = arith.cmpi(arith.CmpIPredicate.ult, row, number(tokens.shape[0]))
     code = "@$0 cp.async.ca.shared.global [$1], [$2], 4;"
     _assemble(code, [is_there, here, address], "b,r,l,~{memory}")
 
 
 def _row_and_chunk() -> tuple[Any, Any]:
     """Which of sixteen rows a thread copies a part of, and which 16 bytes of a step's."""
-    return arith.divui(_thread(), _i32(8)), arith.remui(_thread(), _i32(8))
+    return arith.divui(_thread(), number(8)), arith.remui(_thread(), number(8))
 
 
 def _thread() -> Any:
-    return arith.remui(mgpu.utils.thread_idx(), _i32(THREADS))
+    return arith.remui(mgpu.utils.thread_idx(), number(THREADS))
 
 
 def _assemble(code: str, operands: list[Any], constraints: str) -> None:
@@ -240,14 +247,10 @@ def _itemsize(ref: Any) -> int:
     return mgpu.utils.bytewidth(ir.MemRefType(ref.type).element_type)
 
 
-def _i32(value: int) -> Any:
-    return arith.constant(ir.IntegerType.get_signless(32), value)
-
-
 def _widened(value: Any) -> Any:
     """A number, or a register that holds one, with 64 bits."""
-    number = mgpu.utils.bitcast(value, ir.IntegerType.get_signless(32))
-    return arith.extui(ir.IntegerType.get_signless(64), number)
+    narrow = mgpu.utils.bitcast(value, i32())
+    return arith.extui(ir.IntegerType.get_signless(64), narrow)
 
 
 def _product(value: Any, factor: int) -> Any:

@@ -17,6 +17,8 @@ EDGE_LAYOUT = plgpu.Layout.TILED(
 """How a warpgroup holds eight rows of 64: each warp two rows, each lane four neighbours."""
 UPRIGHT = 64
 """Rows of a warpgroup where rows stand upright."""
+LINE = 64
+"""Neighbouring columns that the swizzle keeps together."""
 
 
 def swizzle(dtype: jnp.dtype) -> tuple[Any, ...]:
@@ -40,10 +42,10 @@ def store_memory(
     rows, width = config.store_rows * parts, config.width // parts
     shape, edges = (config.warpgroups, 2, rows, width), 1
     if config.upright:
-        shape, edges = (config.warpgroups, UPRIGHT, width), width // 64
+        shape, edges = (config.warpgroups, UPRIGHT, width), width // LINE
     memory: dict[str, Any] = dict(out_smem=tiled(shape, dtype))
     if not has_whole_blocks(row_alignment):
-        memory["edge_smem"] = plgpu.SMEM((config.warpgroups, edges, BLOCK, 64), dtype)
+        memory["edge_smem"] = plgpu.SMEM((config.warpgroups, edges, BLOCK, LINE), dtype)
     return memory
 
 
@@ -96,7 +98,7 @@ def store_upright(results: list[Array], out_smem, edge_smem, out_ref, tile: Tile
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for unit, values in enumerate(results):
         values = plgpu.layout_cast(values.astype(out_ref.dtype), plgpu.Layout.WGMMA)
-        staged.at[:, pl.ds(unit * 64, 64)][...] = values
+        staged.at[:, pl.ds(unit * LINE, LINE)][...] = values
     plgpu.commit_smem()
     row = tile.row + warpgroup * UPRIGHT
     store_rows(staged, edge_smem, out_ref, tile, row, tile.column, edges_are_free=True)
@@ -113,7 +115,7 @@ def store_rows(
     block; with `edges_are_free`, no earlier tile's rows are still leaving through it.
     """
     count, width = staged.shape
-    row, column = pl.multiple_of(row, BLOCK), pl.multiple_of(column, 64)
+    row, column = pl.multiple_of(row, BLOCK), pl.multiple_of(column, LINE)
     columns = pl.ds(column, width)
     whole = (tile.begin <= row) & (row + count <= tile.end)
 
@@ -141,7 +143,7 @@ def store_rows(
 
         @pl.when(end - begin < BLOCK)
         def _():
-            at_once = edges.shape[0] * 64
+            at_once = edges.shape[0] * LINE
             for first in range(0, width, at_once):
                 pl.when(in_use)(_wait_for_copies)
                 part = block_rows.at[:, pl.ds(first, min(at_once, width))]
@@ -158,17 +160,17 @@ def _store_edge(
     block_rows, edges, out_ref, block_row: Array, begin: Array, end: Array, column: Array
 ) -> None:
     """Copies rows from `begin` to `end` of a block's eight."""
-    parts = range(0, block_rows.shape[1], 64)
+    parts = range(0, block_rows.shape[1], LINE)
     # The swizzle ties eight rows together; single rows leave from a copy of their own.
     for index, part in enumerate(parts):
-        source = block_rows.at[:, pl.ds(part, 64)]
+        source = block_rows.at[:, pl.ds(part, LINE)]
         edges.at[index][...] = plgpu.load(source, layout=EDGE_LAYOUT, optimized=False)
     plgpu.commit_smem()
 
     def one_row(row, _):
         for index, part in enumerate(parts):
             source = edges.at[index, pl.ds(row - block_row, 1)]
-            target = out_ref.at[pl.ds(row, 1), pl.ds(column + part, 64)]
+            target = out_ref.at[pl.ds(row, 1), pl.ds(column + part, LINE)]
             plgpu.copy_smem_to_gmem(source, target, commit_group=False)
 
     lax.fori_loop(begin, end, one_row, None)

@@ -47,6 +47,11 @@ class TileConfig:
         return self.width if self.upright else self.width * self.warpgroups
 
 
+def round_up(rows: int, unit: int) -> int:
+    """The multiple of a unit that holds so many rows."""
+    return -(-rows // unit) * unit
+
+
 def has_whole_blocks(row_alignment: int) -> bool:
     """Whether no two groups share a block, so that tiles may take what is unused of their last."""
     return row_alignment % BLOCK == 0
