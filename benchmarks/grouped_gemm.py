@@ -206,20 +206,17 @@ def lower(
 
 def measure(
     compiled: dict, limits: dict[str, float], *, seconds: float, shapes: Sequence[Shape] = SHAPES
-) -> list[dict]:
+) -> Iterator[dict]:
     """A row for every program on every distribution, while time is left."""
     deadline = time.monotonic() + seconds
-    rows = []
     for index, shape in enumerate(shapes):
         if time.monotonic() < deadline:
             mine = {name: program for (i, name), program in compiled.items() if i == index}
-            rows += _measure_shape(shape, mine, limits)
-    return rows
+            yield from _measure_shape(shape, mine, limits)
 
 
-def _measure_shape(shape: Shape, compiled: dict, limits: dict[str, float]) -> list[dict]:
+def _measure_shape(shape: Shape, compiled: dict, limits: dict[str, float]) -> Iterator[dict]:
     lhs, rhs = shape.operands(jax.random.key(time.time_ns() % 2**31))
-    rows = []
     for distribution in DISTRIBUTIONS:
         sizes = shape.group_sizes(distribution)
         picked, groups = sample_rows(sizes)
@@ -236,9 +233,7 @@ def _measure_shape(shape: Shape, compiled: dict, limits: dict[str, float]) -> li
                 row["error"] = _error(program, arguments, shape, places, picked, want)
                 us = timing.kernel_microseconds(program, *arguments)
                 row |= rates(shape, sizes, us, limits)
-            print(*row.values(), flush=True)
-            rows.append(row)
-    return rows
+            yield row
 
 
 def _row_alignment(shape: Shape, contender: str) -> int:

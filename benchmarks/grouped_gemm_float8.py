@@ -103,10 +103,10 @@ def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
     grouped_gemm.lower(folder, tune=tune, num_sms=num_sms, shapes=SHAPES, programs=programs)
 
 
-def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list[dict]:
+def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> Iterator[dict]:
     """A row for every program on every distribution, while time is left; adds the float8 rate."""
     limits["float8_tflops"] = float8_tflops()
-    return grouped_gemm.measure(compiled, limits, seconds=seconds, shapes=SHAPES)
+    yield from grouped_gemm.measure(compiled, limits, seconds=seconds, shapes=SHAPES)
 
 
 def float8_tflops() -> float:

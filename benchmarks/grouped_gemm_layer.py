@@ -131,23 +131,20 @@ def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
                 path.write_bytes(timing.lower_program(program, layer.arguments(variant)))
 
 
-def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list[dict]:
+def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> Iterator[dict]:
     """A row for every program, while time is left."""
     deadline = time.monotonic() + seconds
     limits["float8_tflops"] = float8_tflops()
-    rows = []
     for index, layer in enumerate(SHAPES):
         mine = {name: program for (i, name), program in compiled.items() if i == index}
         if mine and time.monotonic() < deadline:
-            rows += _measure_layer(layer, mine, limits)
-    return rows
+            yield from _measure_layer(layer, mine, limits)
 
 
-def _measure_layer(layer: Layer, compiled: dict, limits: dict[str, float]) -> list[dict]:
+def _measure_layer(layer: Layer, compiled: dict, limits: dict[str, float]) -> Iterator[dict]:
     seed = time.time_ns() % 2**31
     experts = layer.choose_experts(seed)
     x, routers, gates, weights = _random_arrays(layer, seed)
-    rows = []
     for variant in layer.variants(tune=True):
         program = compiled.get(variant.name)
         if program is None:
@@ -172,9 +169,7 @@ def _measure_layer(layer: Layer, compiled: dict, limits: dict[str, float]) -> li
             floor = layer.floor_us(variant, experts, limits)
             kernels = timing.kernel_microseconds(program, *arguments, repeats=5) / CHAIN
             row |= {"roofline_pct": round(100 * floor / us, 1), "kernel_us": round(kernels, 1)}
-        print(*row.values(), flush=True)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _random_arrays(layer: Layer, seed: int) -> tuple[jax.Array, jax.Array, jax.Array, list]:

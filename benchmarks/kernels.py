@@ -62,14 +62,19 @@ def main() -> None:
         torch_results = json.loads(torch_path.read_text()) if torch_path.exists() else {}
     print(f"measuring after {time.monotonic() - begin:.0f} s", flush=True)
     limits = timing.ceilings()
-    rows = op.measure(compiled, limits, seconds=options.seconds - (time.monotonic() - begin))
+    rows = []
     shapes = {shape.name: shape for shape in op.SHAPES}
     for row in torch_results.pop("rows", []):
         if "us" in row:
             shape = shapes[row["shape"]]
             row |= op.rates(shape, shape.group_sizes(row["distribution"]), row["us"], limits)
         rows.append(row)
-    write(options.op, rows, {"jax": jax.__version__, **torch_results}, limits, options.out)
+    versions = {"jax": jax.__version__, **torch_results}
+    for row in op.measure(compiled, limits, seconds=options.seconds - (time.monotonic() - begin)):
+        print(*row.values(), flush=True)
+        rows.append(row)
+        # A run that is stopped keeps what it measured.
+        write(options.op, rows, versions, limits, options.out)
 
 
 def _start_torch(op: str, path: Path) -> subprocess.Popen | None:

@@ -153,19 +153,16 @@ def lower(folder: Path, *, tune: bool, num_sms: int) -> None:
     timing.lower_all(folder, SHAPES, partial(programs, tune=tune, num_sms=num_sms))
 
 
-def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list[dict]:
+def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> Iterator[dict]:
     """A row for every program, while time is left."""
     deadline = time.monotonic() + seconds
     pool = random_pool(jax.random.key(time.time_ns() % 2**31), POOL_POSITIONS * D)
-    rows = []
     for index, shape in enumerate(SHAPES):
         # Outside of a program a reshape copies: once here, not once for every place.
         pool = pool.reshape(shape.arguments()[1].shape)
         for name, program in [(n, p) for (i, n), p in compiled.items() if i == index]:
             if time.monotonic() < deadline:
-                rows.append(_measure_program(shape, name, program, pool, limits))
-                print(*rows[-1].values(), flush=True)
-    return rows
+                yield _measure_program(shape, name, program, pool, limits)
 
 
 def _measure_program(

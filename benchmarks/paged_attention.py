@@ -193,20 +193,17 @@ def _compile_with_pages(run: Callable, shape: Shape, pages: tuple[int, ...]) -> 
     return jax.jit(run).lower(q, pool, pool, *rest).compile()
 
 
-def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list[dict]:
+def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> Iterator[dict]:
     """A row for every program, while time is left."""
     deadline = time.monotonic() + seconds
     keys = [jax.random.key(time.time_ns() % 2**31 + i) for i in range(2)]
     pools = [random_pool(key, POOL_ELEMENTS) for key in keys]
-    rows = []
     for index, shape in enumerate(SHAPES):
         # Outside of a program a reshape copies: once here, not once for every place.
         pages = [_as_pages(shape, pool) for pool in pools]
         for name, program in [(n, p) for (i, n), p in compiled.items() if i == index]:
             if time.monotonic() < deadline:
-                rows.append(_measure_program(shape, name, program, pages, limits))
-                print(*rows[-1].values(), flush=True)
-    return rows
+                yield _measure_program(shape, name, program, pages, limits)
 
 
 @partial(jax.jit, static_argnums=0)

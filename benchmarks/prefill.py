@@ -185,16 +185,13 @@ def _compile_padded(shape: Shape, run: Callable, dtype=jnp.bfloat16) -> jax.stag
     return jax.jit(partial(run, shape)).lower(q, k, k, lengths).compile()
 
 
-def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> list[dict]:
+def measure(compiled: dict, limits: dict[str, float], *, seconds: float) -> Iterator[dict]:
     """A row for every program, while time is left."""
     deadline = time.monotonic() + seconds
-    rows = []
     for index, shape in enumerate(SHAPES):
         for name, program in [(n, p) for (i, n), p in compiled.items() if i == index]:
             if time.monotonic() < deadline:
-                rows.append(_measure_program(shape, name, program, limits))
-                print(*rows[-1].values(), flush=True)
-    return rows
+                yield _measure_program(shape, name, program, limits)
 
 
 def _measure_program(shape: Shape, name: str, program, limits: dict[str, float]) -> dict:
