@@ -151,9 +151,9 @@ def _accumulate(
     def one_step(k_step, carry):
         matrix_scales, totals = carry
         slot = lax.rem(step + k_step, stages.filled.shape[0])
-        stages.wait(step + k_step, slot)
-        # Read a step ahead: they come from memory.
+        # Read a step ahead, and before the wait: ptxas has the product wait for them otherwise.
         next_scales = read_matrix_scales(lax.min(k_step + 1, k_steps - 1))
+        stages.wait(step + k_step, slot)
 
         def multiply(*sums):
             return multiply_step(slot, matrix_scales, totals, *sums)
