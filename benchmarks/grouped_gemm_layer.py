@@ -36,8 +36,8 @@ from pallas_kernels.grouped_gemm.configs import MAX_UNSORTED_TOKENS, row_alignme
 __all__ = ["SHAPES", "compile_all", "lower", "measure"]
 
 ROUND_SECONDS = 0.05
-"""How long calls follow each other in a round, at least three of them. The round before the measured
-ones lets the clocks rise."""
+"""How long calls follow each other in a round, at least three of them. A round that does not count
+lets the clocks rise first."""
 CHECKED = 8
 """Tokens whose results are compared with float32."""
 
