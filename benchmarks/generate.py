@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--layer-loop", default=None, choices=["scan", "unroll"])
     parser.add_argument("--token-buckets", default="512,8192")
-    parser.add_argument("--compiler-option", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--compiler-option", action="append", default=[], metavar="NAME=JSON")
     parser.add_argument(
         "--reference-attention", action="store_true", help="attend to pages by XLA, to compare"
     )
@@ -160,7 +160,7 @@ def main() -> None:
     batches = [int(batch) for batch in arguments.batches.split(",")]
     buckets = tuple(int(size) for size in arguments.token_buckets.split(","))
     pairs = (option.split("=", 1) for option in arguments.compiler_option)
-    options: dict[str, Any] = {name: json.loads(value.lower()) for name, value in pairs}
+    options: dict[str, Any] = {name: json.loads(value) for name, value in pairs}
     if arguments.reference_attention:
         without_attention_kernels()
     started = time.perf_counter()
