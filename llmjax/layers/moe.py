@@ -1,5 +1,6 @@
 """Mixture of experts: a router, the experts that a token is sent to, and one that all pass."""
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -24,6 +25,10 @@ from pallas_kernels import (
     route_tokens,
 )
 
+DEPTH_PARTS = 8
+"""Parts of the depth of a router's product, which is too narrow to occupy a GPU otherwise."""
+MAX_SPLIT_TOKENS = 256
+"""Tokens up to which it is cut so."""
 FFN_UNIT = 64
 """What a rank's features of an expert are a multiple of, unless they are fewer."""
 
@@ -155,14 +160,7 @@ class MoE(nnx.Module):
     def _route(
         self, x: Float[Array, "tokens embed"], is_real: Bool[Array, "tokens"]
     ) -> tuple[Int32[Array, "tokens top_k"], Float32[Array, "tokens top_k"]]:
-        # Logits in float32, as the families do: experts are chosen by small differences.
-        logits = jnp.einsum(
-            "te,ex->tx",
-            x,
-            self.router[...].astype(x.dtype),
-            out_sharding=self.rules.spec("tokens", None),
-            preferred_element_type=jnp.float32,
-        )
+        logits = self._logits(x)
         if self.router_bias is not None:
             logits = logits + self.router_bias[...].astype(jnp.float32)
         correction = None if self.correction_bias is None else self.correction_bias[...]
@@ -175,6 +173,20 @@ class MoE(nnx.Module):
         return island(body, in_specs=in_specs, out_specs=(tokens, tokens))(
             logits, correction, is_real
         )
+
+    def _logits(self, x: Float[Array, "tokens embed"]) -> Float32[Array, "tokens experts"]:
+        """In float32, as the families have them: experts are chosen by small differences."""
+        (tokens, embed), experts = x.shape, self.config.num_experts
+        few = tokens // self.rules.size("tokens") <= MAX_SPLIT_TOKENS
+        parts = math.gcd(DEPTH_PARTS, embed) if few else 1
+        sums = jnp.einsum(
+            "tpe,pex->ptx",
+            x.reshape(tokens, parts, embed // parts),
+            self.router[...].astype(x.dtype).reshape(parts, embed // parts, experts),
+            out_sharding=self.rules.spec(None, "tokens", None),
+            preferred_element_type=jnp.float32,
+        )
+        return jnp.sum(sums, axis=0)
 
 
 def choose_experts(
