@@ -10,19 +10,13 @@ from pallas_kernels import QuantizedMatrices, QuantizedRows
 from pallas_kernels.activation import ACTIVATIONS
 from pallas_kernels.grouped_gemm import (
     Router,
+    choose_kernel,
     few_rows_sm90,
-    mosaic_sm90,
     quantize_sm90,
-    quantized_sm90,
     route_sm90,
     sort_sm90,
 )
-from pallas_kernels.grouped_gemm.configs import (
-    config_for,
-    go_unsorted,
-    quantized_config_for,
-    row_alignment_for,
-)
+from pallas_kernels.grouped_gemm.configs import go_unsorted, row_alignment_for
 from pallas_kernels.grouped_gemm.quantize import quantize_rows_by_xla, take_rows
 from pallas_kernels.grouped_gemm.route import route_tokens_by_xla
 from pallas_kernels.grouped_gemm.sort import sort_rows_by_xla
@@ -154,16 +148,11 @@ def _quantize(x: jax.Array) -> QuantizedRows:
 def _multiply(
     lhs, rhs, sizes, num_sms: int, row_alignment: int, activation: str | None = None, row_index=None
 ) -> jax.Array:
-    quantized = isinstance(rhs, QuantizedMatrices)
-    n, k = rhs.values.shape[2:] if quantized else rhs.shape[:1:-1]
-    choose = quantized_config_for if quantized else config_for
-    room = (lhs.values if quantized else lhs).shape[0] if row_index is None else row_index.size
-    config = choose(
-        rows=rows_held(room, sizes.size, row_alignment), groups=sizes.size, k=k, n=n,
-        num_sms=num_sms, gated=activation is not None,
-    )  # fmt: skip
-    kernel = quantized_sm90 if quantized else mosaic_sm90
-    return kernel.grouped_gemm(
-        lhs, rhs, sizes, 0, row_index=row_index,
-        activation=activation, row_alignment=row_alignment, config=config, num_sms=num_sms,
+    values = lhs.values if isinstance(lhs, QuantizedRows) else lhs
+    room = values.shape[0] if row_index is None else row_index.size
+    rows_a_group = rows_held(room, sizes.size, row_alignment) / sizes.size
+    kernel = choose_kernel(lhs, rhs, sizes.size, activation, rows_a_group, num_sms=num_sms)
+    return kernel(
+        lhs, rhs, sizes, 0,
+        row_index=row_index, activation=activation, row_alignment=row_alignment,
     )  # fmt: skip

@@ -79,9 +79,9 @@ def pick_bucket(buckets: Sequence[Bucket], *, decodes: int, prefill_tokens: int)
 
 
 def compile_steps(
-    lowered: Mapping[Bucket, Any], *, compiler_options: Mapping[str, Any]
+    lowered: Mapping[Bucket, Any], *, compiler_options: Mapping[str, Any], side_by_side: bool
 ) -> dict[Bucket, Any]:
-    """Compiles all buckets, on a GPU side by side: XLA does not hold Python's lock.
+    """Compiles all buckets, on a GPU `side_by_side`: XLA does not hold Python's lock.
 
     XLA's compiler for CPUs uses all cores for one, and has aborted while several programs were read
     from JAX's cache at once.
@@ -92,8 +92,7 @@ def compile_steps(
     def compile_one(program: Any) -> Any:
         return program.compile(compiler_options=options)
 
-    at_once = 1 if jax.default_backend() == "cpu" else 4
-    with ThreadPoolExecutor(max_workers=at_once) as pool:
+    with ThreadPoolExecutor(max_workers=4 if side_by_side else 1) as pool:
         compiled = dict(zip(lowered, pool.map(compile_one, lowered.values()), strict=True))
     logger.info("compiled %d steps in %.1f s", len(compiled), time.perf_counter() - started)
     return compiled

@@ -351,4 +351,6 @@ class Runner:
 
     def _compile(self) -> dict[Bucket, Any]:
         lowered = {bucket: self._lower(bucket, self.state) for bucket in self.buckets}
-        return compile_steps(lowered, compiler_options=self.compiler_options)
+        return compile_steps(
+            lowered, compiler_options=self.compiler_options, side_by_side=not self.on_cpu
+        )

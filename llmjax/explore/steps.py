@@ -105,6 +105,7 @@ def _compile_and_read(config: ModelConfig, plan: ParallelPlan, engine: EngineCon
     compiled = compile_steps(
         {bucket: runner.lower(bucket) for bucket in buckets.values()},
         compiler_options=runner.compiler_options,
+        side_by_side=not runner.on_cpu,
     )
     steps = tuple(
         Step(

@@ -100,7 +100,10 @@ def grouped_gemm(
     }  # fmt: skip
     if implementation != "reference":
         try:
-            kernel = _hopper_kernel(lhs, rhs, groups, activation, rows_a_group, device)
+            picks.check_hopper(device)
+            kernel = choose_kernel(
+                lhs, rhs, groups, activation, rows_a_group, num_sms=device.core_count
+            )
         except NotImplementedError as error:
             if implementation is not None:
                 raise
@@ -302,11 +305,13 @@ def _check_arguments(
         )
 
 
-def _hopper_kernel(
-    lhs, rhs, groups: int, activation: str | None, rows_a_group: float, device: Any
-) -> Callable:
-    """The kernel for these operands; raises NotImplementedError if there is none."""
-    picks.check_hopper(device)
+def choose_kernel(
+    lhs, rhs, groups: int, activation: str | None, rows_a_group: float, *, num_sms: int
+) -> Callable[..., Array]:
+    """The Hopper kernel for these operands of `grouped_gemm`, and how it cuts the work.
+
+    Raises NotImplementedError if it covers them not.
+    """
     from pallas_kernels.grouped_gemm import mosaic_sm90, quantized_sm90
 
     quantized = isinstance(rhs, QuantizedMatrices)
@@ -314,11 +319,11 @@ def _hopper_kernel(
     choose = quantized_config_for if quantized else config_for
     config = choose(
         rows=max(1, round(rows_a_group * groups)), groups=groups, k=k, n=n,
-        num_sms=device.core_count, gated=activation is not None,
+        num_sms=num_sms, gated=activation is not None,
     )  # fmt: skip
     if quantized:
         quantized_sm90.check_covered(rhs, config, activation)
     else:
         mosaic_sm90.check_covered(lhs, rhs, config, activation)
     kernel = quantized_sm90 if quantized else mosaic_sm90
-    return functools.partial(kernel.grouped_gemm, config=config, num_sms=device.core_count)
+    return functools.partial(kernel.grouped_gemm, config=config, num_sms=num_sms)

@@ -6,7 +6,6 @@ swizzle has them. Their arrival is counted by barriers of our own in plain share
 none for such copies.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.grouped_gemm.store import swizzle
 from pallas_kernels.grouped_gemm.tiles import BLOCK, Tile, TileConfig, has_whole_blocks, round_up
-from pallas_kernels.inlined import i32, number
+from pallas_kernels.inlined import i32, inline, number
 
 STEP_BYTES = 128
 """Bytes of a row that a step takes: a line of the swizzle, eight lines of which repeat."""
@@ -74,7 +73,7 @@ class ScatteredRows:
     def start(self) -> None:
         """Makes the barriers. Whoever loads does so before anything else."""
         if self.barriers is not None:
-            _inline(_make_barriers, (plgpu.RefType(),))(self.barriers)
+            inline(plgpu.RefType())(_make_barriers)(self.barriers)
             plgpu.commit_smem()
 
     def of_tile(self, tile: Tile, rows: int) -> "TileRows":
@@ -88,8 +87,7 @@ class ScatteredRows:
             plgpu.commit_smem()
             plgpu.barrier_arrive(filled.at[slot])
             return
-        arg_types = plgpu.RefType(), plgpu.Layout.WG_SPLAT
-        _inline(_arrive, arg_types)(self.barriers, slot)
+        inline(plgpu.RefType(), plgpu.Layout.WG_SPLAT)(_arrive)(self.barriers, slot)
 
     def wait(self, step: Array, slot: Array) -> None:
         """Waits until the rows of a step have come and wgmma sees them.
@@ -101,7 +99,7 @@ class ScatteredRows:
             stages = self.barriers.shape[0] // BARRIER_WORDS
             phase = lax.rem(lax.div(step, stages), 2)
             arg_types = plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT
-            _inline(_wait, arg_types)(self.barriers, slot, phase)
+            inline(*arg_types)(_wait)(self.barriers, slot, phase)
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class TileRows:
             return
         swizzled = plgpu.RefType(swizzle(target.dtype))
         arg_types = plgpu.RefType(), swizzled, EIGHT_A_ROW, plgpu.Layout.WG_SPLAT
-        _inline(_copy_rows, arg_types)(source, target, tokens, k_step)
+        inline(*arg_types)(_copy_rows)(source, target, tokens, k_step)
 
     def copy_scales(self, scales: Any, target: Any, k_step: Array) -> None:
         """Begins to copy one step's scales, of [k_steps, tokens], to `target` [rows]."""
@@ -139,24 +137,12 @@ class TileRows:
             lax.fori_loop(0, tokens.shape[0], copy_scale, None)
             return
         arg_types = plgpu.RefType(), plgpu.RefType(), EIGHT_A_ROW, plgpu.Layout.WG_SPLAT
-        _inline(_copy_scales, arg_types)(scales, target, tokens, k_step)
+        inline(*arg_types)(_copy_scales)(scales, target, tokens, k_step)
 
 
 def barrier_memory(stages: int) -> Any:
     """The shared memory of a barrier for each stage."""
     return plgpu.SMEM((stages * BARRIER_WORDS,), jnp.int32)
-
-
-def _inline(write: Callable[..., None], arg_types: tuple[Any, ...]) -> Callable[..., Any]:
-    """A function of references and arrays that runs what `write` puts in its place."""
-
-    @plgpu.inline_mgpu(arg_types=arg_types, return_type=())
-    def run(ctx: Any, *operands: Any) -> tuple[()]:
-        del ctx
-        write(*operands)
-        return ()
-
-    return run
 
 
 def _make_barriers(barriers: Any) -> None:

@@ -16,6 +16,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array
 
+from pallas_kernels.inlined import inline
 from pallas_kernels.paged_attention.float8 import WIDE
 
 WARP_FEATURES = 16
@@ -51,33 +52,28 @@ def widen_values(values: Any, begin: Array, end: Array, *, swizzle: int) -> Arra
         plgpu.SwizzleTransform(swizzle),  # pyright: ignore[reportAbstractUsage]
     )
 
-    @plgpu.inline_mgpu(
-        arg_types=(
-            plgpu.RefType(transforms),
-            plgpu.Layout.WG_SPLAT,
-            plgpu.Layout.WG_SPLAT,
-        ),
-        return_type=plgpu.ShapeDtypeStruct(
+    @inline(
+        plgpu.RefType(transforms),
+        plgpu.Layout.WG_SPLAT,
+        plgpu.Layout.WG_SPLAT,
+        returns=plgpu.ShapeDtypeStruct(
             (features, positions), jnp.dtype(WIDE), layout=plgpu.Layout.WGMMA
         ),
     )
-    def widen(ctx: Any, ref: Any, begin: Any, end: Any) -> Any:
-        del ctx
+    def widen(ref: Any, begin: Any, end: Any) -> Any:
         return _read(ref, begin.registers.item(), end.registers.item(), swizzle=swizzle)
 
-    inlined: Any = widen
-    return inlined(values, begin, end)
+    return widen(values, begin, end)
 
 
 def in_order(product: Array) -> Array:
     """States the rows of a product of values that were read two features at a time."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA,),
-        return_type=plgpu.ShapeDtypeStruct(product.shape, product.dtype, layout=PAIRS),
+    @inline(
+        plgpu.Layout.WGMMA,
+        returns=plgpu.ShapeDtypeStruct(product.shape, product.dtype, layout=PAIRS),
     )
-    def rename(ctx: Any, array: Any) -> Any:
-        del ctx
+    def rename(array: Any) -> Any:
         parameterized: Any = PAIRS
         layout = parameterized.to_mgpu()
         # Rows are 8 apart along axis 4, columns are neighbours in a register: now it is rows.
@@ -90,25 +86,23 @@ def in_order(product: Array) -> Array:
                 )
         return mgpu.FragmentedArray(_registers=pairs, _layout=layout, _is_signed=None)
 
-    inlined: Any = rename
-    return inlined(product)
+    return rename(product)
 
 
 def reduce_rows(kind: str, array: Array, scratch: Any) -> Array:
     """Reduces an array along its rows, "max" or "add", in scratch memory of the warpgroup's own."""
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA, plgpu.RefType()),
-        return_type=plgpu.ShapeDtypeStruct(
+    @inline(
+        plgpu.Layout.WGMMA,
+        plgpu.RefType(),
+        returns=plgpu.ShapeDtypeStruct(
             array.shape[1:], array.dtype, layout=plgpu.Layout.WGMMA.reduce(0)
         ),
     )
-    def reduce(ctx: Any, array: Any, scratch: Any) -> Any:
-        del ctx
+    def reduce(array: Any, scratch: Any) -> Any:
         return array.reduce(kind, 0, scratch)
 
-    inlined: Any = reduce
-    return inlined(array, scratch)
+    return reduce(array, scratch)
 
 
 def _read(ref: Any, begin: Any, end: Any, *, swizzle: int) -> Any:

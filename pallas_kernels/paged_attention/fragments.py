@@ -9,10 +9,10 @@ from typing import Any
 import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
-from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith
 from jaxtyping import Array
 
+from pallas_kernels.inlined import i32, inline, number
 from pallas_kernels.paged_attention.rows import in_rows, store
 from pallas_kernels.registers import store_registers
 
@@ -50,30 +50,27 @@ def _flatten(value: Array) -> Array:
     size = value.size
     layout = plgpu.Layout.WG_STRIDED((size,), vec_size=4)
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA,),
-        return_type=plgpu.ShapeDtypeStruct((size,), value.dtype, layout=layout),
+    @inline(
+        plgpu.Layout.WGMMA,
+        returns=plgpu.ShapeDtypeStruct((size,), value.dtype, layout=layout),
     )
-    def rename(ctx: Any, array: Any) -> Any:
-        del ctx
+    def rename(array: Any) -> Any:
         parameterized: Any = layout
         # Threads hold two neighbours in each of two rows of eight features.
         fours = [mgpu.utils.vector_concat(list(rows)) for rows in array.registers.reshape(-1, 2)]
         return _fragmented(fours, parameterized.to_mgpu(), (size,))
 
-    inlined: Any = rename
-    return inlined(value)
+    return rename(value)
 
 
 def _unflatten(flat: Array, features: int) -> Array:
     shape = (flat.size // features, features)
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WG_STRIDED(flat.shape, vec_size=4),),
-        return_type=plgpu.ShapeDtypeStruct(shape, flat.dtype, layout=plgpu.Layout.WGMMA),
+    @inline(
+        plgpu.Layout.WG_STRIDED(flat.shape, vec_size=4),
+        returns=plgpu.ShapeDtypeStruct(shape, flat.dtype, layout=plgpu.Layout.WGMMA),
     )
-    def rename(ctx: Any, array: Any) -> Any:
-        del ctx
+    def rename(array: Any) -> Any:
         layout = plgpu.Layout.WGMMA.to_mgpu()
         pairs = [
             mgpu.utils.vector_slice(four, slice(first, first + 2))
@@ -82,39 +79,31 @@ def _unflatten(flat: Array, features: int) -> Array:
         ]
         return _fragmented(pairs, layout, shape)
 
-    inlined: Any = rename
-    return inlined(flat)
+    return rename(flat)
 
 
 def _gather_runs(value: Array) -> Array:
     """Returns an array of which each thread holds eight neighbours, where wgmma has two."""
     shape, layout = value.shape, plgpu.Layout.WGMMA_UPCAST_4X
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.Layout.WGMMA,),
-        return_type=plgpu.ShapeDtypeStruct(shape, value.dtype, layout=layout),
-    )
-    def exchange(ctx: Any, array: Any) -> Any:
-        del ctx
-        i32 = ir.IntegerType.get_signless(32)
+    @inline(plgpu.Layout.WGMMA, returns=plgpu.ShapeDtypeStruct(shape, value.dtype, layout=layout))
+    def exchange(array: Any) -> Any:
         pair = array.registers.flat[0].type
         registers = array.registers.reshape(-1, 4, 2)
         runs = []
         for block, row in np.ndindex(len(registers), 2):
-            words = [mgpu.utils.bitcast(word, i32) for word in registers[block, :, row]]
+            words = [mgpu.utils.bitcast(word, i32()) for word in registers[block, :, row]]
             words = _exchange(_exchange(words, 1), 2)
             runs.append(mgpu.utils.vector_concat([mgpu.utils.bitcast(w, pair) for w in words]))
         return _fragmented(runs, layout.to_mgpu(), shape)
 
-    inlined: Any = exchange
-    return inlined(value)
+    return exchange(value)
 
 
 def _exchange(words: list[Any], distance: int) -> list[Any]:
     """One of two steps that transpose four words of four threads: these are so far apart."""
-    i32 = ir.IntegerType.get_signless(32)
-    thread = arith.andi(mgpu.utils.thread_idx(), arith.constant(i32, distance))
-    is_later = arith.cmpi(arith.CmpIPredicate.ne, thread, arith.constant(i32, 0))
+    thread = arith.andi(mgpu.utils.thread_idx(), number(distance))
+    is_later = arith.cmpi(arith.CmpIPredicate.ne, thread, number(0))
     words = list(words)
     for low in (0, 3 - distance):
         high = low + distance

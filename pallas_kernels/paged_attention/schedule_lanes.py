@@ -13,7 +13,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, memref
 from jaxtyping import Array
 
-from pallas_kernels.inlined import i32, number
+from pallas_kernels.inlined import i32, inline, number
 
 LANES = 32
 MOST_ROWS = 512
@@ -41,9 +41,8 @@ def place_share(
     splat = plgpu.Layout.WG_SPLAT
     integer = plgpu.ShapeDtypeStruct((), jnp.dtype(jnp.int32), layout=splat)
 
-    @plgpu.inline_mgpu(arg_types=(splat, plgpu.RefType(), splat, splat), return_type=(integer,) * 7)
-    def place(ctx: Any, share: Any, lengths: Any, window: Any, chunk: Any) -> Any:
-        del ctx
+    @inline(splat, plgpu.RefType(), splat, splat, returns=(integer,) * 7)
+    def place(share: Any, lengths: Any, window: Any, chunk: Any) -> Any:
         limits = [limit.registers.item() for limit in (window, chunk)]
         firsts = range(0, rows, LANES)
         lengths = [_length_of(lengths, first, rows) for first in firsts]
@@ -73,8 +72,7 @@ def place_share(
         results = (size, begin, end, row, base, *known)
         return tuple(mgpu.FragmentedArray.splat(x, (), is_signed=True) for x in results)
 
-    inlined: Any = place
-    return inlined(share, lengths, window, chunk)
+    return place(share, lengths, window, chunk)
 
 
 def _move_border(border: Any, untils: list[Any], whole: int) -> Any:

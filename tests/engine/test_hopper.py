@@ -128,7 +128,7 @@ def picks(caplog):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_with_the_kernels_lower_for_cuda(tmp_path, monkeypatch, picks, family):
     # Nothing runs, so nothing is compiled for the CPU.
-    monkeypatch.setattr(runner, "compile_steps", lambda lowered, compiler_options: lowered)
+    monkeypatch.setattr(runner, "compile_steps", lambda lowered, **options: lowered)
     engine = build(tmp_path, family).engine.runner
     hopper = SimpleNamespace(
         platform="gpu", compute_capability="9.0", core_count=132, device_kind="a Hopper"
