@@ -113,7 +113,7 @@ def byte_floor_ms(llm: LLM, batch: int, context: int) -> float | None:
 
 
 def without_attention_kernels() -> None:
-    """Makes paged attention take its reference on any device, for the rest of the process."""
+    """Makes attention over pages and writing to them take the reference, for the whole process."""
 
     def refuse(device: Any) -> None:
         raise NotImplementedError(f"the reference was asked for, on {device.device_kind}")
@@ -153,7 +153,9 @@ def main() -> None:
     parser.add_argument("--token-buckets", default="512,8192")
     parser.add_argument("--compiler-option", action="append", default=[], metavar="NAME=JSON")
     parser.add_argument(
-        "--reference-attention", action="store_true", help="attend to pages by XLA, to compare"
+        "--reference-attention",
+        action="store_true",
+        help="attend to pages, and write them, by XLA, to compare",
     )
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()

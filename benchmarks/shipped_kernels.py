@@ -1,4 +1,5 @@
-"""The Hopper kernels in every configuration that ships, as functions of abstract arguments."""
+"""The Hopper kernels in every configuration that ships, and those that the tuner tries beside them,
+as functions of abstract arguments."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -20,7 +21,12 @@ from pallas_kernels.grouped_gemm import (
     sort_sm90,
 )
 from pallas_kernels.grouped_gemm.tiles import BLOCK
-from pallas_kernels.paged_attention import decode_sm90, mla_decode_sm90, prefill_sm90
+from pallas_kernels.paged_attention import (
+    decode_sm90,
+    mla_decode_sm90,
+    prefill_sm90,
+    store_sm90,
+)
 from pallas_kernels.paged_attention.configs import decode_config, mla_config, prefill_config
 
 NUM_SMS = 132
@@ -55,19 +61,20 @@ def shipped_kernels() -> Iterator[Program]:
     for activation in (None, "silu", "clamped_swiglu"):
         for name, config in configs.NAMED.items():
             if activation is None or config.width % 128 == 0:
-                yield _grouped_gemm(name, activation)
-                yield _grouped_gemm(name, activation, scattered=True)
+                yield from _as_rows_lie(*_grouped_gemm(name, activation))
         for name, config in configs.QUANTIZED.items():
             if activation is None or config.width == 128:
-                yield _quantized_gemm(name, activation)
-                yield _quantized_gemm(name, activation, scattered=True)
+                yield from _as_rows_lie(*_quantized_gemm(name, activation))
     yield _expert_rows()
     yield "quantize_rows", quantize_sm90.quantize_rows, (_shape((256, 7168)),)
     for tokens in (1, 64, 8192):
         for name, router, experts in ROUTERS:
             yield _route_tokens(f"route_tokens, {name}, {tokens} tokens", router, experts, tokens)
-        sort = functools.partial(sort_sm90.sort_rows, groups=EXPERTS)
-        yield f"sort_rows, {8 * tokens} rows", sort, (_shape((8 * tokens,), jnp.int32),)
+        for alignment in (1, BLOCK):
+            sort = functools.partial(sort_sm90.sort_rows, groups=EXPERTS, row_alignment=alignment)
+            name = f"sort_rows, {8 * tokens} rows, aligned to {alignment}"
+            yield name, sort, (_shape((8 * tokens,), jnp.int32),)
+        yield _store_rows(tokens)
 
 
 def _shape(shape: tuple[int, ...], dtype: Any = jnp.bfloat16) -> Any:
@@ -114,6 +121,16 @@ def _route_tokens(name: str, router: Router, experts: int, tokens: int) -> Progr
     return name, run, arguments
 
 
+def _store_rows(tokens: int) -> Program:
+    pool, rows = _shape((2, 100, 64, 8, 128)), _shape((tokens, 8, 128))
+
+    def run(keys: Any, values: Any, layer: Any, k: Any, v: Any, slots: Any) -> Any:
+        return store_sm90.store_rows((keys, values), layer, (k, v), slots, num_sms=NUM_SMS)
+
+    integers = _shape((), jnp.int32), _shape((tokens,), jnp.int32)
+    return f"store_rows, {tokens} tokens", run, (pool, pool, integers[0], rows, rows, integers[1])
+
+
 def _latent_decode() -> Program:
     config = mla_config(num_sms=NUM_SMS)
     run = functools.partial(mla_decode_sm90.mla_decode, scale=0.1, value_dim=512, config=config)
@@ -122,37 +139,35 @@ def _latent_decode() -> Program:
     return "latent decode, 128 heads of 512", run, arguments
 
 
-def _grouped_gemm(name: str, activation: str | None, *, scattered: bool = False) -> Program:
-    kernel = functools.partial(mosaic_sm90.grouped_gemm, config=configs.NAMED[name])
+def _grouped_gemm(name: str, activation: str | None) -> Program:
+    kernel = mosaic_sm90.grouped_gemm
+    run = functools.partial(kernel, activation=activation, config=configs.NAMED[name])
     arguments = _shape((ROWS, K)), _shape((2, EXPERTS, K, N)), *_groups()
-    name = f"grouped GEMM, {name}, {activation}"
-    return _with_index(name, kernel, arguments, activation, scattered)
+    return f"grouped GEMM, {name}, {activation}", run, arguments
 
 
-def _quantized_gemm(name: str, activation: str | None, *, scattered: bool = False) -> Program:
-    kernel = functools.partial(quantized_sm90.grouped_gemm, config=configs.QUANTIZED[name])
+def _quantized_gemm(name: str, activation: str | None) -> Program:
+    kernel = quantized_sm90.grouped_gemm
+    run = functools.partial(kernel, activation=activation, config=configs.QUANTIZED[name])
     narrow, wide = jnp.float8_e4m3fn, jnp.float32
     rows = QuantizedRows(_shape((ROWS, K), narrow), _shape((K // 128, ROWS), wide))
     matrices = QuantizedMatrices(
         _shape((2, EXPERTS, N, K), narrow), _shape((2, EXPERTS, N // 128, K // 128), wide)
     )
-    name = f"grouped GEMM in float8, {name}, {activation}"
-    return _with_index(name, kernel, (rows, matrices, *_groups()), activation, scattered)
+    return f"grouped GEMM in float8, {name}, {activation}", run, (rows, matrices, *_groups())
 
 
-def _with_index(
-    name: str, kernel: Callable[..., Any], arguments: tuple, activation: str | None, scattered: bool
-) -> Program:
-    """A grouped product of rows in order or, with an index, of rows that lie anywhere."""
-    options: dict[str, Any] = dict(activation=activation, num_sms=NUM_SMS)
-    if not scattered:
-        return name, functools.partial(kernel, **options), arguments
+def _as_rows_lie(name: str, kernel: Callable[..., Any], arguments: tuple) -> Iterator[Program]:
+    """A grouped product of groups side by side, of aligned ones, and of rows that lie anywhere."""
+    side_by_side = functools.partial(kernel, num_sms=NUM_SMS)
+    aligned = functools.partial(side_by_side, row_alignment=BLOCK)
 
-    def run(lhs: Any, rhs: Any, sizes: Any, layer: Any, index: Any) -> Any:
-        return kernel(lhs, rhs, sizes, layer, row_index=index, row_alignment=BLOCK, **options)
+    def scattered(lhs: Any, rhs: Any, sizes: Any, layer: Any, index: Any) -> Any:
+        return aligned(lhs, rhs, sizes, layer, row_index=index)
 
-    index = _shape((8 * ROWS,), jnp.int32)
-    return f"{name}, scattered rows", run, (*arguments, index)
+    yield name, side_by_side, arguments
+    yield f"{name}, aligned", aligned, arguments
+    yield f"{name}, scattered rows", scattered, (*arguments, _shape((8 * ROWS,), jnp.int32))
 
 
 def _groups() -> tuple[Any, Any]:

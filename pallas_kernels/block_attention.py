@@ -53,11 +53,12 @@ def block_attention(
     (tokens, heads, d), kv_heads = q.shape, k.shape[1]
     dv = value_dim or k.shape[2] if v is None else v.shape[2]
     places = _cut(queries, QUERY_BLOCK)
-    blocks = _pad_to(q, places.row.size).reshape(*places.row.shape, kv_heads, -1, d)
+    group = heads // kv_heads
+    blocks = _pad_to(q, places.row.size).reshape(*places.row.shape, kv_heads, group, d)
     key_places = _cut(keys, KV_BLOCK)
-    key_shape = (*key_places.row.shape, kv_heads, -1)
-    k_blocks = _pad_to(k, key_places.row.size).reshape(key_shape)
-    v_blocks = None if v is None else _pad_to(v, key_places.row.size).reshape(key_shape)
+    key_shape = (*key_places.row.shape, kv_heads)
+    k_blocks = _pad_to(k, key_places.row.size).reshape(*key_shape, k.shape[2])
+    v_blocks = None if v is None else _pad_to(v, key_places.row.size).reshape(*key_shape, dv)
     first, stop = visible_blocks(queries, keys, window=window, chunk=chunk)
 
     def one_round(index: Array, carry: Softmax) -> Softmax:

@@ -43,10 +43,11 @@ def paged_attention(
 
     Row r owns the queries `q[query_start[r]:query_start[r + 1]]`; the last of them stands at
     position `lengths[r] - 1`, and the keys of all of them are in the pages already. A `window` of w
-    sees the last w positions, a `chunk` of c those since the last multiple of c; 0 or None is all.
-    Without `v_pages`, values are the first `value_dim` features of the keys. Queries outside every
-    row give 0, and -inf as log-sum-exp. What is in the pages, float8 perhaps, is multiplied with
-    `k_scale` and `v_scale`; None is 1. Values that are features of keys have the scale of the keys.
+    sees the last w positions, a `chunk` of c those since the last multiple of c; None, 0 or less is
+    all. Without `v_pages`, values are the first `value_dim` features of the keys. Queries outside
+    every row give 0, and -inf as log-sum-exp. What is in the pages, float8 perhaps, is multiplied
+    with `k_scale` and `v_scale`; None is 1. Values that are features of keys have the scale of the
+    keys.
 
     With a `page_stride` of s the pages of a row are every s-th of its sequence, from page
     `first_page` on, `lengths` counts the keys that are here, and the last query of each row stands

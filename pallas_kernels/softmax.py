@@ -26,10 +26,10 @@ def earliest_seen(position: Array, window: Any, chunk: Any) -> Array:
     """The first position that a query sees."""
     earliest = jnp.zeros_like(position)
     if window is not None:
-        earliest = jnp.where(jnp.asarray(window) == 0, earliest, position - window + 1)
+        earliest = jnp.where(jnp.asarray(window) <= 0, earliest, position - window + 1)
     if chunk is not None:
         start = position // jnp.maximum(chunk, 1) * chunk
-        earliest = jnp.where(jnp.asarray(chunk) == 0, earliest, jnp.maximum(earliest, start))
+        earliest = jnp.where(jnp.asarray(chunk) <= 0, earliest, jnp.maximum(earliest, start))
     return earliest
 
 

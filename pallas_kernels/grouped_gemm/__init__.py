@@ -9,7 +9,17 @@ from jax.extend import backend
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from pallas_kernels import picks, reference
-from pallas_kernels.activation import ACTIVATIONS
+from pallas_kernels.grouped_gemm.arguments import (
+    check_alignment,
+    check_experts,
+    check_groups,
+    check_implementation,
+    check_integers,
+    check_operands,
+    check_room,
+    check_router,
+    matrix_shape,
+)
 from pallas_kernels.grouped_gemm.configs import (
     config_for,
     go_unsorted,
@@ -81,16 +91,20 @@ def grouped_gemm(
     work follows the rows too (`lax.ragged_dot` on CUDA multiplies every row with every group).
     Naming one raises NotImplementedError for what it does not cover.
     """
-    _check_arguments(lhs, rhs, row_index, activation, implementation)
-    lhs_rows = (lhs.values if isinstance(lhs, QuantizedRows) else lhs).shape[0]
-    room = lhs_rows if row_index is None else row_index.size
+    check_implementation(implementation, "mosaic_sm90")
+    check_operands(lhs, rhs, activation)
+    check_groups(group_sizes, first_group, rhs, bias)
+    if row_index is not None:
+        check_integers("row_index", row_index, "row")
+    values = lhs.values if isinstance(lhs, QuantizedRows) else lhs
+    room = values.shape[0] if row_index is None else row_index.size
     groups = group_sizes.size
-    _check_alignment(row_alignment)
-    if row_alignment > 1 and room < groups * row_alignment:
-        raise ValueError(
-            f"row_alignment={row_alignment} of {groups} groups takes {groups * row_alignment} rows "
-            f"more than the groups have, got {room} in all; `room_for` says how many are needed"
-        )
+    check_room(room, groups, row_alignment)
+    if not room:
+        n, _ = matrix_shape(rhs)
+        dtype = jnp.bfloat16 if isinstance(lhs, QuantizedRows) else lhs.dtype
+        return jnp.zeros((0, n if activation is None else n // 2), dtype)
+    group_sizes = jnp.asarray(group_sizes, jnp.int32)
     if rows_a_group is None:
         rows_a_group = rows_held(room, groups, row_alignment) / groups
     device = backend.get_default_device()
@@ -139,6 +153,7 @@ def expert_rows(
     None where sorted rows and two calls of `grouped_gemm` are the better way: for more tokens or
     few experts, for shapes that the kernel does not cover, and off a Hopper GPU.
     """
+    check_experts(x, gate_up, down, activation)
     device = backend.get_default_device()
     if not go_unsorted(*experts.shape, experts=gate_up.shape[1]) or not picks.is_hopper(device):
         return None
@@ -164,7 +179,8 @@ def route_tokens(
     is_real: Bool[Array, " tokens"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Int32[Array, "tokens top_k"], Float32[Array, "tokens top_k"]]:
-    """Experts of each token, in falling order of choice, and their gates, the chosen's scores.
+    """Experts of each token, in falling order of choice, and their gates: the chosen's scores,
+    divided by their sum and scaled as the router says.
 
     Of equal experts and of equal groups the first are chosen. The `correction` is added to the
     scores for the choice only. Tokens that are not real get expert -1.
@@ -174,7 +190,9 @@ def route_tokens(
 
     Source: Mixtral (Jiang et al., 2024); groups of DeepSeek-V2, correction of DeepSeek-V3 (2024).
     """
-    _check_implementation(implementation, "route_sm90")
+    check_implementation(implementation, "route_sm90")
+    check_router(router, logits.shape[1])
+    logits = jnp.asarray(logits, jnp.float32)
 
     def run_kernel():
         from pallas_kernels.grouped_gemm import route_sm90
@@ -206,8 +224,10 @@ def sort_rows(
 
     Of `implementation` the same is true as in `route_tokens`.
     """
-    _check_implementation(implementation, "sort_sm90")
-    _check_alignment(row_alignment)
+    check_implementation(implementation, "sort_sm90")
+    check_alignment(row_alignment)
+    check_integers("group_of_row", group_of_row, "row")
+    group_of_row = jnp.asarray(group_of_row, jnp.int32)
 
     def run_kernel():
         from pallas_kernels.grouped_gemm import sort_sm90
@@ -221,7 +241,10 @@ def sort_rows(
 
 
 def quantize_rows(x: Float[Array, "rows k"]) -> QuantizedRows:
-    """Rounds rows to float8, with scales; k is a multiple of `SCALE_BLOCK`."""
+    """Rounds rows to float8, with a scale for each 128 features.
+
+    Raises ValueError if 128 does not divide k.
+    """
     check_divides("k", x.shape[1])
     device = backend.get_default_device()
     if not picks.is_hopper(device):
@@ -255,56 +278,6 @@ def _try_kernel(
     return result
 
 
-def _check_implementation(implementation: str | None, kernel: str) -> None:
-    """Raises ValueError if there is none of that name."""
-    if implementation not in (None, kernel, "reference"):
-        raise ValueError(
-            f"implementation={implementation!r} does not exist; use None or one of "
-            f"{kernel}, reference"
-        )
-
-
-def _check_alignment(row_alignment: int) -> None:
-    """Raises ValueError for what groups cannot begin at a multiple of."""
-    if row_alignment < 1 or row_alignment & (row_alignment - 1):
-        raise ValueError(f"row_alignment={row_alignment} is no power of two; use 1 or 8")
-
-
-def _check_arguments(
-    lhs, rhs, row_index, activation: str | None, implementation: str | None
-) -> None:
-    """Raises ValueError for what no implementation takes."""
-    _check_implementation(implementation, "mosaic_sm90")
-    if activation not in (None, *ACTIVATIONS):
-        raise ValueError(
-            f"activation={activation!r} does not exist; use None or one of {', '.join(ACTIVATIONS)}"
-        )
-    quantized = isinstance(rhs, QuantizedMatrices)
-    if quantized != isinstance(lhs, QuantizedRows):
-        raise ValueError(
-            "QuantizedMatrices are multiplied with QuantizedRows, which quantize_rows makes, and "
-            f"arrays with arrays; got {type(lhs).__name__} and {type(rhs).__name__}"
-        )
-    n, k = rhs.values.shape[2:] if quantized else rhs.shape[:1:-1]
-    lhs_k = (lhs.values if isinstance(lhs, QuantizedRows) else lhs).shape[1]
-    if lhs_k != k:
-        raise ValueError(
-            f"lhs has rows of {lhs_k} features and rhs matrices of {k}; they must agree"
-        )
-    if row_index is not None and not (
-        row_index.ndim == 1 and jnp.issubdtype(row_index.dtype, jnp.integer)
-    ):
-        raise ValueError(
-            f"row_index holds one integer for each row, got {row_index.dtype} of shape "
-            f"{row_index.shape}"
-        )
-    if activation is not None and n % 2:
-        raise ValueError(
-            f"activation={activation!r} needs as many columns of gate as of up, so an even number "
-            f"in all; rhs has {n}"
-        )
-
-
 def choose_kernel(
     lhs, rhs, groups: int, activation: str | None, rows_a_group: float, *, num_sms: int
 ) -> Callable[..., Array]:
@@ -315,7 +288,7 @@ def choose_kernel(
     from pallas_kernels.grouped_gemm import mosaic_sm90, quantized_sm90
 
     quantized = isinstance(rhs, QuantizedMatrices)
-    n, k = rhs.values.shape[2:] if quantized else rhs.shape[:1:-1]
+    n, k = matrix_shape(rhs)
     choose = quantized_config_for if quantized else config_for
     config = choose(
         rows=max(1, round(rows_a_group * groups)), groups=groups, k=k, n=n,

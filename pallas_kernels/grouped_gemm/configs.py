@@ -15,7 +15,8 @@ PAIR = TileConfig(row_tiles=(8, 16, 32), warpgroups=1, width=128, stages=8, stor
 WIDE = TileConfig(row_tiles=(8, 16, 32), width=128, stages=6, store_rows=8)
 """256 columns by up to 32 rows: reads 512 neighbouring bytes of each weight row."""
 MEDIUM = TileConfig(row_tiles=(16, 64, 96, 128, 136, 144), stages=6, store_rows=32)
-"""128 columns by up to 144 rows, six steps in flight: memory still sets the pace."""
+"""128 columns by up to 144 rows, six steps in flight: memory still sets the pace; or many rows of
+matrices that twice as many columns do not divide."""
 SQUARE = TileConfig(row_tiles=(16, 64, 96, 128, 136, 144), width=128, stages=4, store_rows=24)
 """256 columns by up to 144 rows: the fewest bytes through shared memory for a product."""
 LARGE = TileConfig(row_tiles=(64, 128, 192, 256), stages=4)
@@ -70,7 +71,7 @@ def row_alignment_for(rows_a_group: float) -> int:
 
 def go_unsorted(tokens: int, choices: int, *, experts: int) -> bool:
     """Whether so few tokens go to their choices of experts in one launch, see `few_rows_sm90`."""
-    return tokens <= MAX_UNSORTED_TOKENS and EXPERTS_A_ROW * tokens * choices <= experts
+    return 0 < tokens <= MAX_UNSORTED_TOKENS and EXPERTS_A_ROW * tokens * choices <= experts
 
 
 def config_for(
@@ -88,7 +89,7 @@ def config_for(
         return SQUARE if n % SQUARE.columns == 0 else TALL_PAIR
     # Storing a tile is a large part of a short product, and a small tile stores sooner.
     config = MEDIUM if mean <= 48 or (mean <= 160 and k < 4096) else SQUARE
-    return config if n % config.columns == 0 else TALL_NARROW
+    return next((c for c in (config, MEDIUM) if n % c.columns == 0), TALL_NARROW)
 
 
 def quantized_config_for(

@@ -39,19 +39,25 @@ class QuantizedMatrices(NamedTuple):
 
 def quantize_rows_by_xla(x: Float[Array, "rows k"]) -> QuantizedRows:
     """Rounds rows to float8; k is a multiple of `SCALE_BLOCK`."""
-    blocks = x.astype(jnp.float32).reshape(x.shape[0], -1, SCALE_BLOCK)
+    rows, k = x.shape
+    blocks = x.astype(jnp.float32).reshape(rows, k // SCALE_BLOCK, SCALE_BLOCK)
     scales = _scales(jnp.max(jnp.abs(blocks), axis=2))
     values = (blocks / scales[..., None]).astype(jnp.float8_e4m3fn)
     return QuantizedRows(values.reshape(x.shape), scales.T)
 
 
 def quantize_matrices(weights: Float[Array, "layers groups k n"]) -> QuantizedMatrices:
-    """Rounds matrices to float8; k and n are multiples of `SCALE_BLOCK`."""
+    """Rounds matrices to float8, with a scale for each 128 by 128 of them.
+
+    Raises ValueError if 128 does not divide k and n.
+    """
     layers, groups, k, n = weights.shape
     check_divides("k", k)
     check_divides("n", n)
     blocks = weights.astype(jnp.float32).swapaxes(2, 3)
-    blocks = blocks.reshape(layers, groups, n // SCALE_BLOCK, SCALE_BLOCK, -1, SCALE_BLOCK)
+    blocks = blocks.reshape(
+        layers, groups, n // SCALE_BLOCK, SCALE_BLOCK, k // SCALE_BLOCK, SCALE_BLOCK
+    )
     scales = _scales(jnp.max(jnp.abs(blocks), axis=(3, 5)))
     values = (blocks / scales[:, :, :, None, :, None]).astype(jnp.float8_e4m3fn)
     return QuantizedMatrices(values.reshape(layers, groups, n, k), scales)

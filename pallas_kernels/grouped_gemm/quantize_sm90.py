@@ -52,7 +52,7 @@ def check_covered(x: Array) -> None:
     """Raises NotImplementedError, with the reason, for what the kernel does not cover."""
     if x.dtype != jnp.bfloat16:
         raise NotImplementedError(f"needs bfloat16, got {x.dtype}")
-    if x.shape[0] % BLOCK_ROWS or x.shape[1] % SCALE_BLOCK:
+    if not x.size or x.shape[0] % BLOCK_ROWS or x.shape[1] % SCALE_BLOCK:
         raise NotImplementedError(
             f"needs a multiple of {BLOCK_ROWS} rows of a multiple of {SCALE_BLOCK}, got {x.shape}"
         )

@@ -79,7 +79,9 @@ def route_tokens(
 
 def check_covered(logits: Array, router: Router) -> None:
     """Raises NotImplementedError, with the reason, for what the kernel does not cover."""
-    experts = logits.shape[1]
+    tokens, experts = logits.shape
+    if not tokens:
+        raise NotImplementedError("needs at least one token")
     width = _group_width(experts, router)
     check_columns(width, "experts in a group" if router.is_grouped else "experts")
     if experts // lanes_of(width) > MAX_HELD:

@@ -46,7 +46,7 @@ def sort_rows(
 
     Raises NotImplementedError for what the kernels do not cover.
     """
-    check_covered(group_of_row)
+    check_covered(group_of_row, groups)
     rows = group_of_row.size
     if rows > MAX_PAIRWISE:
         return sort_many_sm90.sort_rows(
@@ -69,8 +69,12 @@ def sort_rows(
     return SortedRows(clip_unused(row, rows), place, sizes)
 
 
-def check_covered(group_of_row: Array) -> None:
+def check_covered(group_of_row: Array, groups: int) -> None:
     """Raises NotImplementedError, with the reason, for what the kernels do not cover."""
+    if not group_of_row.size or not groups:
+        raise NotImplementedError(
+            f"needs rows and groups, got {group_of_row.size} rows and {groups} groups"
+        )
     if group_of_row.size <= MAX_PAIRWISE:
         check_columns(group_of_row.size, "rows")
 

@@ -10,6 +10,13 @@ from jax.extend import backend
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import reference
+from pallas_kernels.paged_attention.arguments import (
+    check_heads,
+    check_implementation,
+    check_numbers,
+    check_rows,
+    check_stored,
+)
 from pallas_kernels.paged_attention.configs import decode_config, mla_config, prefill_config
 from pallas_kernels.paged_attention.limits import first_visible, keys_before, pack_limits
 from pallas_kernels.paged_attention.single_rows import split_rows
@@ -54,12 +61,15 @@ def paged_attention(
 
     Row r owns the queries `q[query_start[r]:query_start[r + 1]]`; the last of them stands at
     position `lengths[r] - 1`, and the keys of all of them are in the pages already. A `window` of w
-    sees the last w positions, a `chunk` of c those since the last multiple of c; 0 or None is all.
-    Queries outside every row give 0, and -inf as log-sum-exp. Without `v_pages`, values are the
-    first `value_dim` features of the keys, as in multi-head latent attention. With
+    sees the last w positions, a `chunk` of c those since the last multiple of c; None, 0 or less is
+    all. Queries outside every row give 0, and -inf as log-sum-exp. Without `v_pages`, values are
+    the first `value_dim` features of the keys, as in multi-head latent attention. With
     `max_query_length=1` and as many queries as rows, row r owns query r. What is in the pages is
     multiplied with `k_scale` and `v_scale`, so that they may hold float8; None is 1. Values that
-    are features of keys have the scale of the keys.
+    are features of keys have the scale of the keys. No row has more than `max_query_length`
+    queries; the others of a row would be left out if it is 1.
+
+    Raises ValueError for operands that do not fit each other.
 
     With a `page_stride` of s the pages of a row are every s-th of its sequence, from page
     `first_page` on, `lengths` counts the keys that are here, and the last query of each row stands
@@ -68,17 +78,20 @@ def paged_attention(
     `implementation=None` takes the Hopper kernel for one query a row or for many where it can run,
     else the XLA reference. Naming one raises NotImplementedError for what it does not cover.
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(
-            f"implementation={implementation!r} does not exist; use None or one of "
-            f"{', '.join(IMPLEMENTATIONS)}"
-        )
+    check_implementation(implementation, IMPLEMENTATIONS)
+    check_heads(q, k_pages, v_pages, value_dim, sinks)
+    check_rows(page_table, query_start, lengths)
+    check_numbers(max_query_length, soft_cap)
+    tokens, heads, _ = q.shape
+    if not tokens or not lengths.size:
+        dv = value_dim or k_pages.shape[4] if v_pages is None else v_pages.shape[4]
+        return jnp.zeros((tokens, heads, dv), q.dtype), jnp.full((tokens, heads), -jnp.inf)
     operands = (q, k_pages, v_pages, layer, page_table, query_start, lengths)
     options: dict[str, Any] = dict(
-        scale=scale,
+        scale=float(scale),
         window=window,
         chunk=chunk,
-        soft_cap=soft_cap,
+        soft_cap=None if soft_cap is None else float(soft_cap),
         sinks=sinks,
         k_scale=k_scale,
         v_scale=v_scale,
@@ -90,7 +103,8 @@ def paged_attention(
         device = backend.get_default_device()
         try:
             check_hopper(device)
-            dealt = last_position is not None or page_stride > 1
+            begins = isinstance(first_page, int) and first_page == 0
+            dealt = last_position is not None or page_stride > 1 or not begins
             if dealt and not one_each:
                 raise NotImplementedError("takes all pages of a sequence")
             if name.endswith("decode_sm90") and not one_each:
@@ -140,7 +154,12 @@ def store_rows(
 
     Slots differ, but for -1. Donated pools are written in place, by the Hopper kernel where
     it can run.
+
+    Raises ValueError unless there is a row for each slot.
     """
+    check_stored(pools, rows, slots)
+    if not pools:
+        return ()
     device = backend.get_default_device()
     try:
         check_hopper(device)
@@ -229,6 +248,7 @@ def _prefill(device: Any, operands: tuple[Any, ...], options: dict[str, Any]) ->
     from pallas_kernels.paged_attention import prefill_sm90
 
     q, _, v_pages, *_ = operands
+    options = _without(("lows",), options)
     config = prefill_config(
         d=q.shape[2],
         dv=v_pages.shape[4],

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged_attention.covered import operand_problems, refuse
 from pallas_kernels.paged_attention.decode_load import load_tiles
 from pallas_kernels.paged_attention.decode_segments import SegmentComputer, clear_unused
 from pallas_kernels.paged_attention.decode_shape import (
@@ -31,7 +32,7 @@ from pallas_kernels.paged_attention.decode_shape import (
 from pallas_kernels.paged_attention.float8 import as_wide, pack_scales
 from pallas_kernels.paged_attention.limits import pack_limits
 from pallas_kernels.paged_attention.schedule import plan_share
-from pallas_kernels.paged_attention.swizzle import NARROWEST, swizzled_features
+from pallas_kernels.paged_attention.swizzle import swizzled_features
 from pallas_kernels.paged_attention.tiles import tiled
 
 LOAD_REGISTERS, COMPUTE_REGISTERS = 56, 224
@@ -117,28 +118,13 @@ def paged_decode(
 def _check(shape: DecodeShape, q: Array, k_pages: Array, v_pages: Array) -> None:
     """Raises NotImplementedError for what the kernel does not cover."""
     config = shape.config
-    pool = k_pages.shape[0] * shape.pages * shape.page
-    multiple = NARROWEST // shape.stored
-    problems = {
-        f"queries of {q.dtype} and pages of {k_pages.dtype} and {v_pages.dtype}; it takes bfloat16 "
-        "or float16, one for all, or pages of float8_e4m3fn": (
-            q.dtype not in (jnp.bfloat16, jnp.float16)
-            or k_pages.dtype != v_pages.dtype
-            or k_pages.dtype not in (q.dtype, jnp.float8_e4m3fn)
-        ),
-        f"head dimensions {shape.d} and {shape.dv}; it takes multiples of {multiple} up to 256": (
-            shape.d % multiple or shape.dv % multiple or max(shape.d, shape.dv) > 256
-        ),
-        f"pages of {shape.page}; it takes powers of 2 from 16 on": (
-            shape.page < 16 or shape.page & (shape.page - 1)
-        ),
+    problems = operand_problems(q, k_pages, v_pages) | {
         f"{shape.group} query heads a KV head; it takes up to {MAX_GROUP}": (
             shape.group > MAX_GROUP
         ),
         f"{shape.kv_heads} KV heads; it takes up to one a block, {config.blocks}": (
             shape.kv_heads > config.blocks
         ),
-        f"a pool of {pool} positions in all layers; it takes fewer than 2^31": pool >= 2**31,
         f"{shape.group} query heads a KV head of {shape.d} and {shape.dv} features: "
         f"{config.stages} tiles of keys and values fit beside them, and it needs 2 to load ahead": (
             config.stages < 2
@@ -147,9 +133,7 @@ def _check(shape: DecodeShape, q: Array, k_pages: Array, v_pages: Array) -> None
             config.stages % config.computers != 0
         ),
     }
-    for problem, present in problems.items():
-        if present:
-            raise NotImplementedError(f"paged decode on Hopper does not cover {problem}")
+    refuse("paged decode", problems)
 
 
 def _launch(

@@ -5,7 +5,6 @@ and dv padded to what wgmma takes.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,10 +21,10 @@ from pallas_kernels.paged_attention.decode_widen import (
     widen_keys,
     widen_values,
 )
+from pallas_kernels.paged_attention.powers import LOG2_E, capped
 from pallas_kernels.paged_attention.schedule import Segment
 from pallas_kernels.registers import store_registers
 
-LOG2_E = math.log2(math.e)
 WIDENED_ROWS = 64
 """Positions of float8 that are converted at a time."""
 CLEARED_ROWS = 64
@@ -231,9 +230,7 @@ def _scale(shape: DecodeShape, product: Array, k_scale: Array | float) -> Array:
     scale = shape.scale * LOG2_E * k_scale
     if shape.soft_cap is None:
         return product * scale
-    # tanh(x) = 1 - 2 / (1 + exp(2 x)): the approximate tanh of the chip is too coarse.
-    power = jnp.exp2(product * (scale * (2 / shape.soft_cap)))
-    return (shape.soft_cap * LOG2_E) * (1.0 - 2.0 / (1.0 + power))
+    return (shape.soft_cap * LOG2_E) * capped(product, scale, shape.soft_cap)
 
 
 def _visible(shape: DecodeShape, low: Array, end: Array, tile_shape: tuple[int, int]) -> Array:

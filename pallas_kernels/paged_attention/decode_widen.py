@@ -5,7 +5,6 @@ registers: keys as they lie, values transposed. Values are read two features at 
 transposes on the way from shared memory (ldmatrix) knows no elements of one byte.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.experimental.mosaic.gpu as mgpu
@@ -16,7 +15,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 from jaxtyping import Array
 
-from pallas_kernels.inlined import inline
+from pallas_kernels.inlined import i32, inline, number
 from pallas_kernels.paged_attention.float8 import WIDE
 
 WARP_FEATURES = 16
@@ -107,13 +106,8 @@ def reduce_rows(kind: str, array: Array, scratch: Any) -> Array:
 
 def _read(ref: Any, begin: Any, end: Any, *, swizzle: int) -> Any:
     """Reads, transposes and converts a tile in tiles of 8 positions by `swizzle` features."""
-    i32 = ir.IntegerType.get_signless(32)
     eights, columns, _, _ = ir.MemRefType(ref.type).shape
     positions, features = eights * 8, columns * swizzle
-
-    def number(value: int) -> Any:
-        return arith.constant(i32, value)
-
     thread = mgpu.utils.thread_idx()
     lane = arith.remui(thread, number(LANES))
     warp = arith.remui(arith.divui(thread, number(LANES)), number(4))
@@ -124,13 +118,11 @@ def _read(ref: Any, begin: Any, end: Any, *, swizzle: int) -> Any:
     )
     # Chunks of 16 bytes are spread over the banks: which, depends on the 128 bytes that hold them.
     spread = arith.divui(arith.muli(row, number(swizzle)), number(128))
-    start = arith.addi(start, llvm.ptrtoint(i32, mgpu.utils.memref_ptr(ref)))
+    start = arith.addi(start, llvm.ptrtoint(i32(), mgpu.utils.memref_ptr(ref)))
     layout = mgpu.WGMMA_LAYOUT
     registers = np.empty(layout.registers_shape((features, positions)), dtype=object)
     pair = arith.muli(arith.remui(lane, number(4)), number(2))
-    kept = [
-        _kept(arith.addi(pair, number(8 * eight)), begin, end, number) for eight in range(eights)
-    ]
+    kept = [_kept(arith.addi(pair, number(8 * eight)), begin, end) for eight in range(eights)]
     for block in range(features // 64):
         feature = arith.addi(arith.muli(warp, number(WARP_FEATURES)), number(64 * block))
         column = arith.divui(feature, number(swizzle))
@@ -140,15 +132,15 @@ def _read(ref: Any, begin: Any, end: Any, *, swizzle: int) -> Any:
         offset = arith.addi(start, offset)
         for first in range(0, eights, 4):
             address = arith.addi(offset, number(first * columns * 8 * swizzle))
-            for i, four in enumerate(_load_transposed(address, i32)):
+            for i, four in enumerate(_load_transposed(address)):
                 eight = first + i
-                wide = _widen(arith.andi(four, kept[eight]), i32)
+                wide = _widen(arith.andi(four, kept[eight]))
                 for half, register in enumerate(wide):
                     registers[block, eight, 0, 0, half, 0, 0, 0, 0] = register
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
-def _kept(position: Any, begin: Any, end: Any, number: Callable[[int], Any]) -> Any:
+def _kept(position: Any, begin: Any, end: Any) -> Any:
     """Returns the bits to keep of values at a position (two bytes) and the next (two more)."""
     bits = number(0)
     for offset, both in ((0, 0xFFFF), (1, -(1 << 16))):
@@ -161,7 +153,7 @@ def _kept(position: Any, begin: Any, end: Any, number: Callable[[int], Any]) -> 
     return bits
 
 
-def _load_transposed(address: Any, i32: Any) -> list[Any]:
+def _load_transposed(address: Any) -> list[Any]:
     """Loads four matrices of 8 positions by 8 pairs of features, a row each lane's address."""
     four = llvm.inline_asm(
         ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>"),
@@ -170,10 +162,10 @@ def _load_transposed(address: Any, i32: Any) -> list[Any]:
         "=r,=r,=r,=r,r,~{memory}",
         has_side_effects=True,
     )
-    return [llvm.extractvalue(i32, four, [i]) for i in range(4)]
+    return [llvm.extractvalue(i32(), four, [i]) for i in range(4)]
 
 
-def _widen(four: Any, i32: Any) -> list[Any]:
+def _widen(four: Any) -> list[Any]:
     """Converts two features at two positions; returns both positions of each feature."""
     wide = llvm.inline_asm(
         ir.Type.parse("!llvm.struct<(i32, i32)>"),
@@ -191,4 +183,4 @@ def _widen(four: Any, i32: Any) -> list[Any]:
         "=r,=r,r",
     )
     pair = ir.VectorType.get((2,), ir.F16Type.get())
-    return [mgpu.utils.bitcast(llvm.extractvalue(i32, wide, [i]), pair) for i in range(2)]
+    return [mgpu.utils.bitcast(llvm.extractvalue(i32(), wide, [i]), pair) for i in range(2)]

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged_attention.covered import page_problems, refuse
 from pallas_kernels.paged_attention.mla_load import load_tiles
 from pallas_kernels.paged_attention.mla_parts import Parts
 from pallas_kernels.paged_attention.mla_shape import (
@@ -94,8 +95,7 @@ def _pad_heads(q: Array, padding: int) -> Array:
 def _check(q: Array, pages: Array, value_dim: int, config: MlaConfig) -> None:
     """Raises NotImplementedError for what the kernel does not cover."""
     _, heads, d = q.shape
-    layers, count, page, kv_heads, _ = pages.shape
-    pool = layers * count * page
+    kv_heads = pages.shape[3]
     problems = {
         f"queries of {q.dtype} and pages of {pages.dtype}; it takes bfloat16 or float16, one "
         "for both": q.dtype != pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float16),
@@ -107,12 +107,9 @@ def _check(q: Array, pages: Array, value_dim: int, config: MlaConfig) -> None:
         f"{heads} query heads; it takes up to {HEADS} a block of {config.blocks}": (
             heads > HEADS * config.blocks
         ),
-        f"pages of {page}; it takes powers of 2 from 16 on": page < 16 or page & (page - 1),
-        f"a pool of {pool} positions in all layers; it takes fewer than 2^31": pool >= 2**31,
+        **page_problems(pages),
     }
-    for problem, present in problems.items():
-        if present:
-            raise NotImplementedError(f"latent attention on Hopper does not cover {problem}")
+    refuse("latent attention", problems)
 
 
 def _launch(shape: MlaShape, operands: dict[str, Array], interpret: Any) -> tuple[Array, Array]:

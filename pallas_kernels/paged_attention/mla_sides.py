@@ -5,7 +5,6 @@ over the tiles in both. Arrays are [heads, positions], [heads, features] or [hea
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -17,10 +16,10 @@ from jaxtyping import Array
 
 from pallas_kernels.paged_attention.mla_parts import Attended, Parts, SharedRow
 from pallas_kernels.paged_attention.mla_shape import HEADS, KV_BLOCK, SIDES, MlaRefs, MlaShape
+from pallas_kernels.paged_attention.powers import LOG2_E
 from pallas_kernels.paged_attention.rows import along, full, in_rows, load, store
 from pallas_kernels.paged_attention.schedule import Schedule, Segment
 
-LOG2_E = math.log2(math.e)
 CLEARED_COLUMNS = 128
 """Features that are cleared at a time: sums take most of the registers."""
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged_attention.covered import operand_problems, refuse
 from pallas_kernels.paged_attention.float8 import as_wide, pack_scales
 from pallas_kernels.paged_attention.limits import pack_limits
 from pallas_kernels.paged_attention.prefill_load import load_items
@@ -28,7 +29,6 @@ from pallas_kernels.paged_attention.prefill_shape import (
     PrefillShape,
 )
 from pallas_kernels.paged_attention.prefill_softmax import compute_items
-from pallas_kernels.paged_attention.swizzle import NARROWEST
 from pallas_kernels.paged_attention.tiles import COPY_ALIGNMENT, tiled
 
 LOAD_REGISTERS, COMPUTE_REGISTERS = 40, 232
@@ -112,30 +112,13 @@ def paged_prefill(
 
 def _check(shape: PrefillShape, q: Array, k_pages: Array, v_pages: Array) -> None:
     """Raises NotImplementedError for what the kernel does not cover."""
-    config = shape.config
-    pool = k_pages.shape[0] * shape.pages * shape.page
-    multiple = NARROWEST // shape.stored
-    problems = {
-        f"queries of {q.dtype} and pages of {k_pages.dtype} and {v_pages.dtype}; it takes bfloat16 "
-        "or float16, one for all, or pages of float8_e4m3fn": (
-            q.dtype not in (jnp.bfloat16, jnp.float16)
-            or k_pages.dtype != v_pages.dtype
-            or k_pages.dtype not in (q.dtype, jnp.float8_e4m3fn)
-        ),
-        f"head dimensions {shape.d} and {shape.dv}; it takes multiples of {multiple} up to 256": (
-            shape.d % multiple or shape.dv % multiple or max(shape.d, shape.dv) > 256
-        ),
-        f"pages of {shape.page}; it takes powers of 2 from 16 on": (
-            shape.page < 16 or shape.page & (shape.page - 1)
-        ),
+    stages = shape.config.stages
+    problems = operand_problems(q, k_pages, v_pages) | {
         f"a scale of {shape.scale}; it takes positive ones": shape.scale <= 0,
-        f"a pool of {pool} positions in all layers; it takes fewer than 2^31": pool >= 2**31,
         # A tile of float8 waits beside the stages.
-        f"{config.stages} stages; it needs 2 to load ahead": config.stages + shape.narrow < 2,
+        f"{stages} stages; it needs 2 to load ahead": stages + shape.narrow < 2,
     }
-    for problem, present in problems.items():
-        if present:
-            raise NotImplementedError(f"paged prefill on Hopper does not cover {problem}")
+    refuse("paged prefill", problems)
 
 
 def _launch(

@@ -6,7 +6,6 @@ cores work for one, the other exponentiates (FlashAttention-3, Shah et al., 2024
 
 import dataclasses
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
@@ -16,6 +15,7 @@ from jax import lax
 from jaxtyping import Array
 
 from pallas_kernels.paged_attention.limits import first_visible
+from pallas_kernels.paged_attention.powers import LOG2_E, capped
 from pallas_kernels.paged_attention.prefill_shape import (
     WARPGROUP_ROWS,
     WARPGROUPS,
@@ -26,7 +26,6 @@ from pallas_kernels.paged_attention.prefill_store import store_log_sum_exp, stor
 from pallas_kernels.paged_attention.prefill_walk import Item, for_each_item
 from pallas_kernels.paged_attention.rows import along, in_rows
 
-LOG2_E = math.log2(math.e)
 HIDDEN = -(2.0**100)
 """Score of a hidden position. It is finite: a row that has seen nothing yet stays a number, and
 what it has summed up is forgotten at the first position that it sees. It is a power of 2: its
@@ -228,9 +227,7 @@ class _Computer:
             scale *= self.refs.scales[0]
         if shape.soft_cap is None:
             return product, scale
-        # tanh(x) = 1 - 2 / (1 + exp(2 x)): the approximate tanh of the chip is too coarse.
-        power = jnp.exp2(product * (scale * (2 / shape.soft_cap)))
-        return 1.0 - 2.0 / (1.0 + power), shape.soft_cap * LOG2_E
+        return capped(product, scale, shape.soft_cap), shape.soft_cap * LOG2_E
 
     def _visible(self, position: Array, start: Array) -> Array:
         """Returns which positions from `start` on the queries from `position` on see."""

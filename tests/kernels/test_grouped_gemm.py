@@ -274,6 +274,12 @@ def test_a_configuration_is_found_whose_columns_divide_the_matrix(rows, n, gated
     assert config.width % 128 == 0 or not gated
 
 
+@pytest.mark.parametrize("n, columns", [(2944, 128), (2880, 64), (100, 64)])
+def test_matrices_that_the_widest_tile_does_not_divide_get_the_next(n, columns):
+    config = configs.config_for(rows=8192, groups=8, k=2048, n=n, num_sms=132)
+    assert config.columns == columns
+
+
 def test_few_rows_get_tiles_narrow_enough_for_every_multiprocessor():
     # Two groups of 4096 columns: 32 tiles of 256 columns would leave 100 of 132 without work.
     config = configs.config_for(rows=2, groups=8, k=14336, n=4096, num_sms=132)
