@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 
 from benchmarks import timing
+from pallas_kernels import picks
 
 RESULTS = Path(__file__).parent / "results"
 OPERATIONS = (
@@ -49,6 +50,11 @@ def main() -> None:
         return
     # JAX would take nearly all of the GPU's memory when it starts; torch runs beside it.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if not picks.is_hopper(jax.devices()[0]):
+        parser.error(
+            f"the kernels need a Hopper GPU, and this is {jax.devices()[0].device_kind}; "
+            "--lower-to prepares their programs without one"
+        )
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         torch_path = Path(scratch, "torch.json")

@@ -7,6 +7,7 @@ import argparse
 import functools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,9 +56,13 @@ def main() -> None:
         print(ENDED)
         return
     names = [name for name in CASES if all(word in name for word in options.words)]
+    if not names:
+        parser.error(f"no case has all of these words; the cases are {'; '.join(CASES)}")
     if options.lower_to:
         _lower(names, options.lower_to)
         return
+    if shutil.which("compute-sanitizer") is None:
+        parser.error("compute-sanitizer is not on the PATH; it comes with the CUDA toolkit")
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.lowered
         if folder is None:
