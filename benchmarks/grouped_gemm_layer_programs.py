@@ -17,7 +17,7 @@ from pallas_kernels.grouped_gemm import (
     sort_sm90,
 )
 from pallas_kernels.grouped_gemm.configs import go_unsorted, row_alignment_for
-from pallas_kernels.grouped_gemm.quantize import quantize_rows_by_xla, take_rows
+from pallas_kernels.grouped_gemm.quantize import quantize_rows_by_xla, take_rows, values_of
 from pallas_kernels.grouped_gemm.route import route_tokens_by_xla
 from pallas_kernels.grouped_gemm.sort import sort_rows_by_xla
 from pallas_kernels.grouped_gemm.tiles import BLOCK
@@ -148,8 +148,7 @@ def _quantize(x: jax.Array) -> QuantizedRows:
 def _multiply(
     lhs, rhs, sizes, num_sms: int, row_alignment: int, activation: str | None = None, row_index=None
 ) -> jax.Array:
-    values = lhs.values if isinstance(lhs, QuantizedRows) else lhs
-    room = values.shape[0] if row_index is None else row_index.size
+    room = values_of(lhs).shape[0] if row_index is None else row_index.size
     rows_a_group = rows_held(room, sizes.size, row_alignment) / sizes.size
     kernel = choose_kernel(lhs, rhs, sizes.size, activation, rows_a_group, num_sms=num_sms)
     return kernel(

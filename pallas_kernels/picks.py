@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -15,6 +16,15 @@ def check_hopper(device: Any) -> None:
     """Raises NotImplementedError for devices that the kernels do not run on."""
     if not is_hopper(device):
         raise NotImplementedError(f"needs a Hopper GPU, got {device.device_kind}")
+
+
+def check_implementation(implementation: str | None, known: Sequence[str]) -> None:
+    """Raises ValueError if there is none of that name."""
+    if implementation not in (None, *known):
+        raise ValueError(
+            f"implementation={implementation!r} does not exist; use None or one of "
+            f"{', '.join(known)}"
+        )
 
 
 def log_pick(operation: str, kernel: str, device: Any) -> None:

@@ -13,7 +13,6 @@ from pallas_kernels.grouped_gemm.arguments import (
     check_alignment,
     check_experts,
     check_groups,
-    check_implementation,
     check_integers,
     check_operands,
     check_room,
@@ -33,6 +32,7 @@ from pallas_kernels.grouped_gemm.quantize import (
     quantize_matrices,
     quantize_rows_by_xla,
     take_rows,
+    values_of,
 )
 from pallas_kernels.grouped_gemm.route import Router, route_tokens_by_xla
 from pallas_kernels.grouped_gemm.sort import SortedRows, sort_rows_by_xla
@@ -91,13 +91,12 @@ def grouped_gemm(
     work follows the rows too (`lax.ragged_dot` on CUDA multiplies every row with every group).
     Naming one raises NotImplementedError for what it does not cover.
     """
-    check_implementation(implementation, "mosaic_sm90")
+    picks.check_implementation(implementation, IMPLEMENTATIONS)
     check_operands(lhs, rhs, activation)
     check_groups(group_sizes, first_group, rhs, bias)
     if row_index is not None:
         check_integers("row_index", row_index, "row")
-    values = lhs.values if isinstance(lhs, QuantizedRows) else lhs
-    room = values.shape[0] if row_index is None else row_index.size
+    room = values_of(lhs).shape[0] if row_index is None else row_index.size
     groups = group_sizes.size
     check_room(room, groups, row_alignment)
     if not room:
@@ -190,7 +189,7 @@ def route_tokens(
 
     Source: Mixtral (Jiang et al., 2024); groups of DeepSeek-V2, correction of DeepSeek-V3 (2024).
     """
-    check_implementation(implementation, "route_sm90")
+    picks.check_implementation(implementation, ("route_sm90", "reference"))
     check_router(router, logits.shape[1])
     logits = jnp.asarray(logits, jnp.float32)
 
@@ -224,7 +223,7 @@ def sort_rows(
 
     Of `implementation` the same is true as in `route_tokens`.
     """
-    check_implementation(implementation, "sort_sm90")
+    picks.check_implementation(implementation, ("sort_sm90", "reference"))
     check_alignment(row_alignment)
     check_integers("group_of_row", group_of_row, "row")
     group_of_row = jnp.asarray(group_of_row, jnp.int32)

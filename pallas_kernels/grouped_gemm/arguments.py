@@ -5,17 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels.activation import ACTIVATIONS
-from pallas_kernels.grouped_gemm.quantize import QuantizedMatrices, QuantizedRows
+from pallas_kernels.grouped_gemm.quantize import QuantizedMatrices, QuantizedRows, values_of
 from pallas_kernels.grouped_gemm.route import Router
-
-
-def check_implementation(implementation: str | None, kernel: str) -> None:
-    """Raises ValueError if there is none of that name."""
-    if implementation not in (None, kernel, "reference"):
-        raise ValueError(
-            f"implementation={implementation!r} does not exist; use None or one of "
-            f"{kernel}, reference"
-        )
 
 
 def check_activation(activation: str | None) -> None:
@@ -53,14 +44,13 @@ def check_operands(lhs: Any, rhs: Any, activation: str | None) -> None:
             "QuantizedMatrices are multiplied with QuantizedRows, which quantize_rows makes, and "
             f"arrays with arrays; got {type(lhs).__name__} and {type(rhs).__name__}"
         )
-    matrices = rhs.values if isinstance(rhs, QuantizedMatrices) else rhs
-    if matrices.ndim != 4:
+    if values_of(rhs).ndim != 4:
         raise ValueError(
-            f"rhs holds matrices [layers, groups, k, n], got the shape {matrices.shape}; give one "
-            "layer as rhs[None]"
+            f"rhs holds matrices [layers, groups, k, n], got the shape {values_of(rhs).shape}; "
+            "give one layer as rhs[None]"
         )
     n, k = matrix_shape(rhs)
-    lhs_k = (lhs.values if isinstance(lhs, QuantizedRows) else lhs).shape[1]
+    lhs_k = values_of(lhs).shape[1]
     if lhs_k != k:
         raise ValueError(
             f"lhs has rows of {lhs_k} features and rhs matrices of {k}; they must agree"
@@ -76,7 +66,7 @@ def check_operands(lhs: Any, rhs: Any, activation: str | None) -> None:
 def check_groups(group_sizes: Any, first_group: Any, rhs: Any, bias: Any) -> None:
     """Raises ValueError for groups that are none, or not those of `rhs` and `bias`."""
     check_integers("group_sizes", group_sizes, "group")
-    layers, groups = (rhs.values if isinstance(rhs, QuantizedMatrices) else rhs).shape[:2]
+    layers, groups = values_of(rhs).shape[:2]
     count = group_sizes.size
     if not groups or groups > count:
         raise ValueError(

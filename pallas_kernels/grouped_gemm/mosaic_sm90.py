@@ -77,7 +77,7 @@ def grouped_gemm(
         layer=layer,
         first_group=first_group,
         row_index=row_index,
-        bias=None if bias is None else bias.reshape(layers * groups, n),
+        bias=bias,
         config=config,
         num_sms=num_sms,
         name="grouped_gemm",

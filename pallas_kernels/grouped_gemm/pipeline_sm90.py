@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_gemm.scattered_rows import barrier_memory, pad_index
 from pallas_kernels.grouped_gemm.tiles import TileConfig
@@ -25,7 +25,7 @@ def launch(
     layer: Int[Array, ""] | int,
     first_group: Int[Array, ""] | int,
     row_index: Int[Array, "rows"] | None,
-    bias: Array | None,
+    bias: Float[Array, "layers groups n"] | None,
     config: TileConfig,
     num_sms: int,
     name: str,
@@ -33,9 +33,10 @@ def launch(
 ) -> Array:
     """Runs a kernel on every multiprocessor, one warpgroup that loads and those that multiply.
 
-    It gets the operands, the layer, the first group and, if there are any, the index and the bias;
-    then its output, the memory, and the barriers `filled` and `released` of each stage. Loading a
-    step takes so many copies of rows and others; scattered rows count at `row_barriers`.
+    It gets the operands, the layer, the first group and, if there are any, the index and the bias
+    [layers * groups, n]; then its output, the memory, and the barriers `filled` and `released` of
+    each stage. Loading a step takes so many copies of rows and others; scattered rows count at
+    `row_barriers`.
     """
     if row_index is not None:
         # The interpreter has no threads of whose copies each counts.
@@ -61,7 +62,8 @@ def launch(
     )
     scalars = [jnp.asarray(number, jnp.int32).reshape(1) for number in (layer, first_group)]
     index = [] if row_index is None else [pad_index(row_index, config.max_rows)]
-    return run(*operands, *scalars, *index, *([] if bias is None else [bias]))
+    biases = [] if bias is None else [bias.reshape(-1, bias.shape[-1])]
+    return run(*operands, *scalars, *index, *biases)
 
 
 def drain(steps: Array, released) -> None:

@@ -37,6 +37,12 @@ class QuantizedMatrices(NamedTuple):
     scales: Float[Array, "layers groups n_blocks k_blocks"]
 
 
+def values_of(operand: Any) -> Any:
+    """The numbers of an array, or of quantised rows or matrices without their scales."""
+    quantized = isinstance(operand, QuantizedRows | QuantizedMatrices)
+    return operand.values if quantized else operand
+
+
 def quantize_rows_by_xla(x: Float[Array, "rows k"]) -> QuantizedRows:
     """Rounds rows to float8; k is a multiple of `SCALE_BLOCK`."""
     rows, k = x.shape

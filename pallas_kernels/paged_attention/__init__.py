@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import reference
 from pallas_kernels.paged_attention.arguments import (
     check_heads,
-    check_implementation,
     check_numbers,
     check_rows,
     check_stored,
@@ -20,7 +19,7 @@ from pallas_kernels.paged_attention.arguments import (
 from pallas_kernels.paged_attention.configs import decode_config, mla_config, prefill_config
 from pallas_kernels.paged_attention.limits import first_visible, keys_before, pack_limits
 from pallas_kernels.paged_attention.single_rows import split_rows
-from pallas_kernels.picks import check_hopper, log_fallback, log_pick
+from pallas_kernels.picks import check_hopper, check_implementation, log_fallback, log_pick
 
 __all__ = ["paged_attention", "store_rows"]
 

@@ -4,15 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def check_implementation(implementation: str | None, known: Sequence[str]) -> None:
-    """Raises ValueError if there is none of that name."""
-    if implementation not in (None, *known):
-        raise ValueError(
-            f"implementation={implementation!r} does not exist; use None or one of "
-            f"{', '.join(known)}"
-        )
-
-
 def check_heads(q: Any, k_pages: Any, v_pages: Any, value_dim: int | None, sinks: Any) -> None:
     """Raises ValueError for heads of queries, keys and values that do not fit each other."""
     heads, d = q.shape[1:]
